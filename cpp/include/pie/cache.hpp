@@ -1,0 +1,134 @@
+// The facade that bindings and embedders use: sequences, steps, attention over two tiers of memory.
+//
+// One thread at a time. A step is a transaction: begin, then every layer once and in order through
+// `attend` or `gather`, then `finish`; `abort` (or an exception from a layer) takes back its appends.
+// Sequences' lengths advance in `finish` only.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+
+#include "pie/attention.hpp"
+#include "pie/backend.hpp"
+#include "pie/types.hpp"
+
+namespace pie {
+
+using SequenceId = std::uint64_t;
+
+struct CacheOptions {
+  Geometry geometry;             // block_tokens 0: chosen from device_bytes
+  Bytes device_bytes = 0;        // bounds everything held on the device: frames, ring, staging
+  Bytes pool_bytes = 0;          // 0: no pool
+  std::string pool_dir;          // see HostOptions
+  std::string policy = "fit";    // "fit", "fixed:F" with F in [0, 1], "off"
+  std::string pool_io = "auto";  // see HostOptions
+};
+
+// One sequence of a step's batch and how many tokens it gains in it.
+struct StepEntry {
+  SequenceId sequence = 0;
+  std::uint32_t new_tokens = 0;
+};
+
+// What a layer of a step is read by: attention in place, or a contiguous copy of K and V.
+enum class Reader : std::uint8_t { attend, gather };
+
+// Inputs of one layer: rows of all sequences packed in batch order, `[sum of new_tokens, heads, d]`.
+struct LayerInputs {
+  Rows k;
+  Rows v;
+};
+
+// Contiguous K and V of the batch, each `[batch, kv_heads, longest, head_dim]`; shorter sequences
+// are padded with zeros on the right. Valid until the next `gather` or `begin`.
+struct Gathered {
+  void* k = nullptr;
+  void* v = nullptr;
+  std::uint32_t batch = 0;
+  std::uint32_t longest = 0;  // tokens, the step's new ones included
+};
+
+// Counters since construction, and gauges. "decode" counts steps in which every sequence gained one
+// token; their time runs from one begin to the next where two follow each other, else to finish.
+struct Stats {
+  Bytes device_bytes = 0;       // the budget
+  Bytes device_bytes_used = 0;  // frames in use and staging, now
+  Bytes device_bytes_peak = 0;
+  Bytes pool_bytes = 0;  // the most the pool may take
+  Bytes pool_bytes_used = 0;
+  Bytes pool_bytes_peak = 0;
+  Bytes kv_bytes = 0;        // KV of all sequences, wherever it lies
+  Bytes streamed_bytes = 0;  // pool to device
+  Bytes written_bytes = 0;   // device to pool
+  std::uint64_t steps = 0;
+  std::uint64_t decode_steps = 0;
+  std::uint64_t decode_tokens = 0;
+  Nanos decode_ns = 0;
+  Nanos decode_stall_ns = 0;
+  Nanos stall_ns = 0;
+  double stall_fraction = 0;       // decode_stall_ns / decode_ns
+  double decode_tokens_per_s = 0;  // decode_tokens / decode_ns
+  std::uint64_t retries = 0;       // transfers that failed and were tried again
+  std::uint32_t sequences = 0;
+  std::uint32_t block_tokens = 0;
+  std::uint32_t resident_frames = 0;
+  std::uint32_t ring_frames = 0;  // the ring's size in the plan in force
+  std::string policy;
+  std::string pool_io;
+  std::string attention_isa;
+};
+
+class TieredCache {
+ public:
+  // Opens the host backend. Throws ConfigError for options that cannot work, the least device_bytes
+  // that would among them.
+  explicit TieredCache(const CacheOptions& options);
+
+  // Runs over a backend of the embedder's; its frames must hold `geometry.frame_bytes()`.
+  TieredCache(const Geometry& geometry, const std::string& policy,
+              std::unique_ptr<Backend> backend);
+
+  TieredCache(const TieredCache&) = delete;
+  TieredCache& operator=(const TieredCache&) = delete;
+  ~TieredCache();
+
+  [[nodiscard]] const Geometry& geometry() const;
+
+  [[nodiscard]] SequenceId add();
+  void truncate(SequenceId sequence, std::uint32_t tokens);
+  void free(SequenceId sequence);
+  [[nodiscard]] std::uint32_t length(SequenceId sequence) const;
+
+  // Throws CapacityError, with nothing changed, where the tiers cannot hold the step.
+  void begin(std::span<const StepEntry> batch, Reader reader);
+
+  // Appends the layer's K and V and attends to all of each sequence, causally. `q` and `out` are
+  // packed like the inputs, with `query_heads` heads. `lse`, if given: `[rows, query_heads]`.
+  void attend(std::uint32_t layer, const LayerInputs& inputs, const Rows& q, const MutableRows& out,
+              std::uint32_t query_heads, float scale, float* lse);
+
+  // Appends the layer's K and V and returns all of them contiguously.
+  Gathered gather(std::uint32_t layer, const LayerInputs& inputs);
+
+  void finish();
+  void abort() noexcept;
+  [[nodiscard]] bool in_step() const;
+
+  [[nodiscard]] Stats stats() const;
+
+  // Throws LogicError naming the first invariant that does not hold.
+  void check() const;
+
+  // Waits for transfers and gives all memory back. Every later call but close() throws LogicError.
+  void close();
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace pie

@@ -1,0 +1,60 @@
+// Which frames of one tier are free: a bitmap that hands out single frames and adjacent runs.
+//
+// Singles come from the bottom and runs from the top, so that long-lived tails do not cut up the
+// space that streaming wants in large adjacent pieces. Frames at or above `limit()` are reserved:
+// they belong to whoever lowered the limit.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "pie/types.hpp"
+
+namespace pie {
+
+class FramePool {
+ public:
+  // Frames [0, limit) are free, [limit, capacity) reserved.
+  FramePool(std::uint32_t capacity, std::uint32_t limit);
+
+  // The lowest free frame, or no_frame.
+  FrameIndex acquire();
+
+  // The given frame if it is free.
+  bool acquire_at(FrameIndex frame);
+
+  // A run of 1 to `want` adjacent frames: the first from the top that holds `want`, else the longest
+  // there is. `count` 0 where nothing is free.
+  FrameRun acquire_run(std::uint32_t want);
+
+  // Throws LogicError for a frame that is not in use.
+  void release(FrameIndex frame);
+  void release(FrameRun run);
+
+  // Moves the boundary between usable and reserved frames. Lowering it throws LogicError unless all
+  // frames given up are free.
+  void set_limit(std::uint32_t limit);
+
+  [[nodiscard]] bool is_free(FrameIndex frame) const;
+  [[nodiscard]] std::uint32_t capacity() const { return capacity_; }
+  [[nodiscard]] std::uint32_t limit() const { return limit_; }
+  [[nodiscard]] std::uint32_t reserved() const { return capacity_ - limit_; }
+  [[nodiscard]] std::uint32_t free() const { return free_; }
+  [[nodiscard]] std::uint32_t used() const { return limit_ - free_; }
+
+  // free + used + reserved == capacity, counted in the bitmap. Throws LogicError.
+  void check() const;
+
+ private:
+  void mark(FrameIndex frame, bool free);
+  [[nodiscard]] FrameRun next_run_below(FrameIndex end) const;
+
+  std::uint32_t capacity_;
+  std::uint32_t limit_;
+  std::uint32_t free_ = 0;
+  std::uint32_t lowest_word_ = 0;    // no free frame lies in a word below this one
+  FrameIndex run_end_;               // where the search for the next run starts, downwards
+  std::vector<std::uint64_t> bits_;  // 1: free
+};
+
+}  // namespace pie

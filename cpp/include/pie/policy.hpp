@@ -1,0 +1,64 @@
+// What stays on the device and what is streamed: a pure function from a snapshot to a plan.
+//
+// A policy reads no clock and keeps no memory; everything it may know is in the snapshot. The plan
+// says for every block which lever serves it: blocks [0, streamed_blocks) of a layer of a sequence
+// are streamed, the others resident. Streaming a prefix keeps both sides adjacent in the pool, so
+// copies are large, and growing or shrinking it moves one boundary.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "pie/types.hpp"
+
+namespace pie {
+
+// One sequence as it will be when the step has ended. Counts are per layer.
+struct SequenceView {
+  std::uint32_t full_blocks = 0;    // can be written, and then streamed
+  std::uint32_t pinned_blocks = 0;  // stay on the device whatever the plan: the partial last block,
+                                    // and one that the step fills, which an abort must give back
+  bool active = false;              // takes part in the step, so its KV is read in it
+};
+
+struct Snapshot {
+  std::uint32_t layers = 0;
+  std::uint32_t device_frames = 0;     // for blocks and ring: capacity less staging
+  std::uint32_t pool_frames = 0;       // the most the pool may hold; 0: there is none
+  std::uint32_t copy_frames_best = 1;  // copies of this many frames reach the link's rate
+  std::span<const SequenceView> sequences;
+};
+
+struct Plan {
+  std::uint32_t ring_frames = 0;
+  std::vector<std::uint32_t> streamed_frames;  // per sequence, all its layers together
+  bool write_behind = false;                   // write filled frames before the plan streams them
+};
+
+// Blocks of `layer` that are streamed when `streamed_frames` are, spread evenly over the layers.
+[[nodiscard]] std::uint32_t streamed_blocks(std::uint32_t streamed_frames, std::uint32_t layer,
+                                            std::uint32_t layers);
+
+// Frames the device must hold for `plan`: resident, pinned and ring. More than
+// `snapshot.device_frames` means that the step cannot run.
+[[nodiscard]] std::uint64_t device_frames_needed(const Snapshot& snapshot, const Plan& plan);
+
+class Policy {
+ public:
+  Policy() = default;
+  Policy(const Policy&) = delete;
+  Policy& operator=(const Policy&) = delete;
+  virtual ~Policy() = default;
+
+  [[nodiscard]] virtual Plan plan(const Snapshot& snapshot) const = 0;
+  [[nodiscard]] virtual std::string name() const = 0;
+};
+
+// "off": nothing is streamed. "fit": just what the budget cannot hold. "fixed:F": the share F of the
+// full frames, more where the budget demands. Throws ConfigError for anything else.
+[[nodiscard]] std::unique_ptr<Policy> make_policy(const std::string& name);
+
+}  // namespace pie

@@ -1,0 +1,80 @@
+// Copies under way: which blocks each ticket moves, and what its end means for them.
+//
+// The only caller of Backend::submit and poll. A copy that fails is tried again a bounded number of
+// times; then its blocks go back to where they were and the first error is kept on their sequence.
+#pragma once
+
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
+#include "pie/backend.hpp"
+#include "pie/block_map.hpp"
+
+namespace pie {
+
+// Adjacent blocks of one layer of one sequence whose copy has ended well.
+struct Landed {
+  Lane lane = Lane::pool_to_device;
+  Sequence* sequence = nullptr;
+  std::uint32_t layer = 0;
+  std::uint32_t first_block = 0;
+  std::uint32_t count = 0;
+};
+
+class Transfers {
+ public:
+  Transfers(Backend& backend, BlockMap& map);
+
+  // Loads pooled blocks from `first_block` into `device`, one a frame, as one ticket.
+  void load(Sequence& sequence, std::uint32_t layer, std::uint32_t first_block, FrameRun device,
+            bool ring);
+
+  // Writes dirty blocks from `first_block` to `pool_frames`, one a frame, as one ticket.
+  void write(Sequence& sequence, std::uint32_t layer, std::uint32_t first_block,
+             const std::vector<FrameIndex>& pool_frames);
+
+  // A device frame was read by everything given to the compute stream so far: what is next copied
+  // into it waits for that.
+  void read_until(FrameIndex device, Fence fence) { readers_[device] = fence; }
+
+  // Applies what has ended and returns it; the reference is good until the next call.
+  const std::vector<Landed>& land();
+
+  // Waits until something has ended, or a while.
+  void wait();
+
+  [[nodiscard]] bool any() const { return !in_flight_.empty(); }
+  [[nodiscard]] std::uint64_t loaded_frames() const { return loaded_frames_; }
+  [[nodiscard]] std::uint64_t written_frames() const { return written_frames_; }
+  [[nodiscard]] std::uint64_t retries() const { return retries_; }
+
+  // Every block in flight is claimed by exactly one ticket and no frame by two. Throws LogicError.
+  void check() const;
+
+ private:
+  struct Transfer {
+    Lane lane = Lane::pool_to_device;
+    Sequence* sequence = nullptr;
+    std::uint32_t layer = 0;
+    std::uint32_t first_block = 0;
+    std::uint32_t count = 0;
+    std::uint32_t tries = 0;
+  };
+
+  void submit(const Transfer& transfer);
+  void end(const Completion& completion);
+  void commit(const Transfer& transfer);
+  void give_up(const Transfer& transfer, const Completion& completion);
+
+  Backend& backend_;
+  BlockMap& map_;
+  std::unordered_map<std::uint64_t, Transfer> in_flight_;  // by ticket, lane in the lowest bit
+  std::vector<Fence> readers_;                             // by device frame
+  std::vector<Landed> landed_;
+  std::uint64_t loaded_frames_ = 0;
+  std::uint64_t written_frames_ = 0;
+  std::uint64_t retries_ = 0;
+};
+
+}  // namespace pie

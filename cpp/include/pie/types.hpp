@@ -1,0 +1,55 @@
+// The words every other file is written in: tiers, frames, runs of frames, bytes and nanoseconds.
+//
+// All are small values without vendor types. Units: bytes are Bytes, times are Nanos; a count of
+// frames or tokens is a plain std::uint32_t whose name says what it counts.
+#pragma once
+
+#include <compare>
+#include <cstddef>
+#include <cstdint>
+
+namespace pie {
+
+using Bytes = std::uint64_t;
+using Nanos = std::int64_t;
+
+// Where a frame lies. `device` is what attention reads at full speed, `pool` the capacity behind it.
+enum class Tier : std::uint8_t { device, pool };
+
+// Index of a frame inside its tier, counted from 0; `no_frame` where there is none.
+using FrameIndex = std::uint32_t;
+inline constexpr FrameIndex no_frame = 0xffffffff;
+
+// `count` adjacent frames of one tier, starting at `first`.
+struct FrameRun {
+  FrameIndex first = no_frame;
+  std::uint32_t count = 0;
+
+  [[nodiscard]] FrameIndex end() const { return first + count; }
+  friend bool operator==(const FrameRun&, const FrameRun&) = default;
+};
+
+// Element type of K and V.
+enum class DType : std::uint8_t { f32, bf16, f16 };
+
+[[nodiscard]] constexpr Bytes dtype_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// Geometry of one layer's KV. All layers of a cache share it.
+struct Geometry {
+  std::uint32_t layers = 0;
+  std::uint32_t kv_heads = 0;
+  std::uint32_t head_dim = 0;      // elements
+  std::uint32_t block_tokens = 0;  // tokens in one frame, a multiple of `granule_tokens`
+  DType dtype = DType::f32;
+
+  // Payload of one frame, `[2, kv_heads, block_tokens, head_dim]` elements: all K, then all V.
+  [[nodiscard]] Bytes frame_bytes() const {
+    return Bytes{2} * kv_heads * block_tokens * head_dim * dtype_bytes(dtype);
+  }
+};
+
+// Attention consumes KV in steps of this many tokens, counted from the absolute position 0, so its
+// bits do not depend on how blocks were cut into pieces. Every block holds a multiple of it.
+inline constexpr std::uint32_t granule_tokens = 16;
+
+}  // namespace pie

@@ -1,0 +1,686 @@
+// Wires backend, scheduler and attention together, and keeps the protocol of a step.
+#include "pie/cache.hpp"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "pie/backends.hpp"
+#include "pie/error.hpp"
+#include "pie/scheduler.hpp"
+
+namespace pie {
+
+namespace {
+
+// A step's attention state takes at most this share of the arena, and is at most this many rows.
+constexpr std::uint32_t staging_share = 16;
+constexpr std::uint32_t wave_rows_max = 2048;
+
+Rows rows_from(const Rows& rows, std::uint32_t row, DType dtype) {
+  const auto bytes = static_cast<std::int64_t>(dtype_bytes(dtype)) * rows.row_stride * row;
+  return {static_cast<const std::byte*>(rows.data) + bytes, rows.row_stride, rows.head_stride};
+}
+
+MutableRows rows_from(const MutableRows& rows, std::uint32_t row, DType dtype) {
+  const auto bytes = static_cast<std::int64_t>(dtype_bytes(dtype)) * rows.row_stride * row;
+  return {static_cast<std::byte*>(rows.data) + bytes, rows.row_stride, rows.head_stride};
+}
+
+void check_geometry(const Geometry& geometry) {
+  const auto positive = [](std::uint32_t value, const char* name) {
+    if (value == 0) throw ConfigError(std::string(name) + " is 0: it must be at least 1.");
+  };
+  positive(geometry.layers, "num_layers");
+  positive(geometry.kv_heads, "num_kv_heads");
+  if (geometry.head_dim == 0 || geometry.head_dim % 8 != 0 || geometry.head_dim > 256) {
+    throw ConfigError("head_dim is " + std::to_string(geometry.head_dim) +
+                      ": it must be a multiple of 8 from 8 to 256.");
+  }
+  if (geometry.block_tokens == 0 || geometry.block_tokens % granule_tokens != 0) {
+    throw ConfigError("block_tokens is " + std::to_string(geometry.block_tokens) +
+                      ": it must be a positive multiple of " + std::to_string(granule_tokens) +
+                      ".");
+  }
+}
+
+// Device frames that one sequence needs to gain a token: its partial blocks, a ring, staging.
+std::uint64_t least_frames(const Geometry& geometry) { return std::uint64_t{geometry.layers} + 2; }
+
+Bytes stride_of(const CacheOptions& options, const Geometry& geometry) {
+  return host_frame_stride(geometry.frame_bytes(),
+                           options.pool_bytes == 0 ? std::string() : options.pool_dir);
+}
+
+// Large blocks make large copies and small tables, but every sequence holds one partial block a
+// layer: take the largest that leaves room for the partial blocks of some 16 sequences.
+std::uint32_t choose_block_tokens(const CacheOptions& options) {
+  constexpr std::uint64_t sequences = 16;
+  Geometry geometry = options.geometry;
+  for (const std::uint32_t tokens : {64U, 32U}) {
+    geometry.block_tokens = tokens;
+    if (3 * sequences * least_frames(geometry) * stride_of(options, geometry) <=
+        options.device_bytes) {
+      return tokens;
+    }
+  }
+  return granule_tokens;
+}
+
+Geometry resolve(const CacheOptions& options) {
+  Geometry geometry = options.geometry;
+  if (geometry.block_tokens == 0) {
+    geometry.block_tokens = granule_tokens;
+    check_geometry(geometry);
+    geometry.block_tokens = choose_block_tokens(options);
+  }
+  check_geometry(geometry);
+  return geometry;
+}
+
+std::unique_ptr<Backend> open_backend(const CacheOptions& options, const Geometry& geometry) {
+  const Bytes stride = stride_of(options, geometry);
+  const Bytes least = least_frames(geometry) * stride;
+  if (options.device_bytes < least) {
+    throw ConfigError(
+        "device_bytes is " + std::to_string(options.device_bytes) +
+        ", which cannot hold one step of one sequence: the partial block of each of " +
+        std::to_string(geometry.layers) + " layers, a ring and staging take " +
+        std::to_string(least) + " bytes with blocks of " + std::to_string(geometry.block_tokens) +
+        " tokens. Give at least that.");
+  }
+  if (options.pool_bytes > 0 && options.pool_bytes < stride) {
+    throw ConfigError("pool_bytes is " + std::to_string(options.pool_bytes) +
+                      ", less than one block of one layer (" + std::to_string(stride) +
+                      " bytes). Give more, or 0 for no pool.");
+  }
+  HostOptions host;
+  host.frame_bytes = geometry.frame_bytes();
+  host.device_bytes = options.device_bytes;
+  host.pool_bytes = options.pool_bytes;
+  host.pool_dir = options.pool_dir;
+  host.pool_io = options.pool_io;
+  return open_host(host);
+}
+
+// Appends K and V and folds attention over the pieces into the state of each visit's rows.
+class AttendReader final : public LayerReader {
+ public:
+  AttendReader(const Backend& backend, const AttentionShape& shape, const LayerInputs& inputs,
+               const Rows& q, const MutableRows& out, float* lse, float* state,
+               const std::vector<std::uint32_t>& wave_first_row)
+      : backend_(backend),
+        shape_(shape),
+        inputs_(inputs),
+        q_(q),
+        out_(out),
+        lse_(lse),
+        state_(state),
+        state_floats_(attention_state_floats(shape)),
+        wave_first_row_(wave_first_row) {}
+
+  void store(std::byte* frame, std::uint32_t token, std::uint32_t rows,
+             std::uint32_t row) override {
+    frame_append(shape_, frame, token, rows, rows_from(inputs_.k, row, shape_.dtype),
+                 rows_from(inputs_.v, row, shape_.dtype));
+  }
+
+  void read(std::uint32_t layer, std::span<const Piece> pieces) override {
+    collect(layer, pieces);
+    attention_fold(shape_, work_);
+    for (const Piece& piece : pieces) {
+      const Visit& visit = *piece.visit;
+      if (piece.end_block * shape_.block_tokens < visit.kv_end()) continue;
+      attention_finish(shape_, state_of(visit), visit.rows,
+                       rows_from(out_, visit.first_row, shape_.dtype),
+                       lse_ == nullptr ? nullptr : lse_ + lse_offset(visit));
+    }
+  }
+
+ private:
+  float* state_of(const Visit& visit) const {
+    return state_ + (visit.first_row - wave_first_row_[visit.wave]) * state_floats_;
+  }
+
+  std::size_t lse_offset(const Visit& visit) const {
+    return std::size_t{visit.first_row} * shape_.query_heads;
+  }
+
+  void collect(std::uint32_t layer, std::span<const Piece> pieces) {
+    std::size_t frames = 0;
+    for (const Piece& piece : pieces) frames += piece.end_block - piece.first_block;
+    frames_.resize(frames);
+    work_.clear();
+    const std::byte** next = frames_.data();
+    for (const Piece& piece : pieces) {
+      const Visit& visit = *piece.visit;
+      if (piece.first_block == 0) attention_reset(shape_, state_of(visit), visit.rows);
+      AttentionWork work;
+      work.q = rows_from(q_, visit.first_row, shape_.dtype);
+      work.rows = visit.rows;
+      work.position = visit.position;
+      work.kv_begin = piece.first_block * shape_.block_tokens;
+      work.kv_end = std::min(piece.end_block * shape_.block_tokens, visit.kv_end());
+      work.frames = next;
+      work.state = state_of(visit);
+      work_.push_back(work);
+      const std::vector<Block>& blocks = visit.sequence->layers[layer].blocks;
+      for (std::uint32_t b = piece.first_block; b < piece.end_block; ++b) {
+        *next++ = backend_.address(blocks[b].device);
+      }
+    }
+  }
+
+  const Backend& backend_;
+  AttentionShape shape_;
+  LayerInputs inputs_;
+  Rows q_;
+  MutableRows out_;
+  float* lse_;
+  float* state_;
+  std::size_t state_floats_;
+  const std::vector<std::uint32_t>& wave_first_row_;
+  std::vector<const std::byte*> frames_;
+  std::vector<AttentionWork> work_;
+};
+
+// Appends K and V and copies the pieces to their places in contiguous K and V.
+class GatherReader final : public LayerReader {
+ public:
+  GatherReader(const Backend& backend, const AttentionShape& shape, const LayerInputs& inputs,
+               const Gathered& gathered, const std::vector<Visit>& visits)
+      : backend_(backend), shape_(shape), inputs_(inputs), gathered_(gathered), visits_(visits) {
+    for (std::size_t i = 0; i < visits_.size(); ++i) zero_padding(i);
+  }
+
+  void store(std::byte* frame, std::uint32_t token, std::uint32_t rows,
+             std::uint32_t row) override {
+    frame_append(shape_, frame, token, rows, rows_from(inputs_.k, row, shape_.dtype),
+                 rows_from(inputs_.v, row, shape_.dtype));
+  }
+
+  void read(std::uint32_t layer, std::span<const Piece> pieces) override {
+    for (const Piece& piece : pieces) {
+      const std::vector<Block>& blocks = piece.visit->sequence->layers[layer].blocks;
+      for (std::uint32_t b = piece.first_block; b < piece.end_block; ++b) {
+        copy_block(*piece.visit, b, backend_.address(blocks[b].device));
+      }
+    }
+  }
+
+ private:
+  [[nodiscard]] Bytes row_bytes() const { return shape_.head_dim * dtype_bytes(shape_.dtype); }
+
+  // Start of the row of `token` of one head of one sequence of the batch.
+  std::byte* place(void* base, std::size_t index, std::uint32_t head, std::uint32_t token) const {
+    const std::size_t row = (index * shape_.kv_heads + head) * gathered_.longest + token;
+    return static_cast<std::byte*>(base) + row * row_bytes();
+  }
+
+  void zero_padding(std::size_t index) const {
+    const std::uint32_t end = visits_[index].kv_end();
+    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+      const Bytes bytes = (gathered_.longest - end) * row_bytes();
+      std::memset(place(gathered_.k, index, head, end), 0, bytes);
+      std::memset(place(gathered_.v, index, head, end), 0, bytes);
+    }
+  }
+
+  void copy_block(const Visit& visit, std::uint32_t block, const std::byte* frame) const {
+    const auto index = static_cast<std::size_t>(&visit - visits_.data());
+    const std::uint32_t token = block * shape_.block_tokens;
+    const Bytes bytes = std::min(shape_.block_tokens, visit.kv_end() - token) * row_bytes();
+    const Bytes head_bytes = shape_.block_tokens * row_bytes();
+    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+      const std::byte* k = frame + head * head_bytes;
+      const std::byte* v = k + shape_.kv_heads * head_bytes;
+      std::memcpy(place(gathered_.k, index, head, token), k, bytes);
+      std::memcpy(place(gathered_.v, index, head, token), v, bytes);
+    }
+  }
+
+  const Backend& backend_;
+  AttentionShape shape_;
+  LayerInputs inputs_;
+  Gathered gathered_;
+  const std::vector<Visit>& visits_;
+};
+
+}  // namespace
+
+class TieredCache::Impl {
+ public:
+  Impl(const Geometry& geometry, std::unique_ptr<Policy> policy, std::unique_ptr<Backend> backend)
+      : geometry_(geometry),
+        backend_(std::move(backend)),
+        capabilities_(backend_->capabilities()),
+        scheduler_(*backend_, geometry, std::move(policy)),
+        query_heads_(geometry.kv_heads) {
+    check_geometry(geometry);
+    if (capabilities_.device_frames < least_frames(geometry)) {
+      throw ConfigError("The backend has " + std::to_string(capabilities_.device_frames) +
+                        " device frames; one step of one sequence takes " +
+                        std::to_string(least_frames(geometry)) + ".");
+    }
+  }
+
+  ~Impl() { scheduler_.drain(); }
+  Impl(const Impl&) = delete;
+  Impl& operator=(const Impl&) = delete;
+
+  // Held by every call: the cache belongs to one thread at a time.
+  class Entry {
+   public:
+    explicit Entry(Impl& impl) : impl_(impl) {
+      if (impl_.entered_.exchange(true)) {
+        throw LogicError("Two threads are inside one cache at once: it belongs to one at a time.");
+      }
+    }
+    ~Entry() { impl_.entered_ = false; }
+    Entry(const Entry&) = delete;
+    Entry& operator=(const Entry&) = delete;
+
+   private:
+    Impl& impl_;
+  };
+
+  [[nodiscard]] Sequence& sequence(SequenceId id, const char* call) {
+    Sequence* found = scheduler_.map().find(id);
+    if (found == nullptr) {
+      throw LogicError(std::string(call) + ": there is no sequence " + std::to_string(id) +
+                       ": it was never added, or it was freed.");
+    }
+    return *found;
+  }
+
+  void refuse_in_step(const char* call) const {
+    if (in_step_) {
+      throw LogicError(std::string(call) +
+                       ": a step is running; finish or abort it before this call.");
+    }
+  }
+
+  void begin(std::span<const StepEntry> batch, Reader reader);
+  void start();
+  void attend(std::uint32_t layer, const LayerInputs& inputs, const Rows& q,
+              const MutableRows& out, std::uint32_t query_heads, float scale, float* lse);
+  Gathered gather(std::uint32_t layer, const LayerInputs& inputs);
+  void finish();
+  void abort() noexcept;
+  [[nodiscard]] Stats stats() const;
+
+  [[nodiscard]] AttentionShape shape(std::uint32_t query_heads, float scale) const {
+    return {query_heads,        geometry_.kv_heads,     geometry_.head_dim,
+            geometry_.block_tokens, geometry_.dtype, scale};
+  }
+
+  Geometry geometry_;
+  std::unique_ptr<Backend> backend_;
+  Capabilities capabilities_;
+  Scheduler scheduler_;
+  bool in_step_ = false;
+
+ private:
+  void take_turn(std::uint32_t layer, Reader reader, const char* call);
+  void run(std::uint32_t layer, LayerReader& reader);
+  [[nodiscard]] std::uint32_t staging_frames() const;
+  [[nodiscard]] std::vector<Visit> plan_visits(std::uint32_t rows_per_wave);
+  [[nodiscard]] std::byte* staging() const {
+    return backend_->address(scheduler_.map().device().limit());
+  }
+  [[nodiscard]] std::uint32_t longest() const;
+  [[nodiscard]] std::uint32_t total_rows() const;
+  void note_peaks();
+
+  std::atomic<bool> entered_ = false;
+  Reader reader_ = Reader::attend;
+  std::vector<Growth> batch_;
+  std::uint32_t next_layer_ = 0;
+  std::uint32_t query_heads_;  // of the last attend: staging is sized for it
+  std::vector<std::uint32_t> wave_first_row_;
+
+  bool decode_ = false;  // the step gives every sequence one token
+  bool after_decode_ = false;
+  Nanos began_ns_ = 0;
+  Nanos ended_ns_ = 0;
+  Nanos stall_before_ns_ = 0;
+  Stats counters_;
+};
+
+// ---- a step -------------------------------------------------------------------------------------
+
+void TieredCache::Impl::begin(std::span<const StepEntry> batch, Reader reader) {
+  refuse_in_step("step");
+  if (batch.empty()) throw LogicError("step: the batch is empty; give at least one sequence.");
+  std::vector<Growth> growths;
+  for (const StepEntry& entry : batch) {
+    Sequence& member = sequence(entry.sequence, "step");
+    const auto same = [&](const Growth& growth) { return growth.sequence == &member; };
+    if (std::any_of(growths.begin(), growths.end(), same)) {
+      throw LogicError("step: sequence " + std::to_string(entry.sequence) +
+                       " is in the batch twice.");
+    }
+    if (entry.new_tokens == 0) {
+      throw LogicError("step: sequence " + std::to_string(entry.sequence) +
+                       " gains no token; leave it out of the batch.");
+    }
+    growths.push_back({&member, entry.new_tokens});
+  }
+  batch_ = std::move(growths);
+  reader_ = reader;
+  start();
+}
+
+// Also called again by the first layer when it brings another number of query heads than expected.
+void TieredCache::Impl::start() {
+  try {
+    scheduler_.begin(batch_, staging_frames());
+  } catch (...) {
+    scheduler_.abort();
+    throw;
+  }
+  in_step_ = true;
+  next_layer_ = 0;
+  if (reader_ == Reader::gather) {
+    scheduler_.set_visits(plan_visits(total_rows()));
+  } else {
+    const Bytes row = attention_state_floats(shape(query_heads_, 1)) * sizeof(float);
+    const Bytes room = scheduler_.map().device().reserved() * capabilities_.frame_stride;
+    scheduler_.set_visits(plan_visits(static_cast<std::uint32_t>(room / row)));
+  }
+  began_ns_ = backend_->now();
+  decode_ = std::all_of(batch_.begin(), batch_.end(),
+                        [](const Growth& growth) { return growth.new_tokens == 1; });
+  if (decode_ && after_decode_) counters_.decode_ns += began_ns_ - ended_ns_;
+  after_decode_ = false;
+  stall_before_ns_ = scheduler_.stall_ns();
+  note_peaks();
+}
+
+std::uint32_t TieredCache::Impl::longest() const {
+  std::uint32_t tokens = 0;
+  for (const Growth& growth : batch_) {
+    tokens = std::max(tokens, growth.sequence->tokens + growth.new_tokens);
+  }
+  return tokens;
+}
+
+std::uint32_t TieredCache::Impl::total_rows() const {
+  std::uint32_t rows = 0;
+  for (const Growth& growth : batch_) rows += growth.new_tokens;
+  return rows;
+}
+
+// Frames at the top of the arena for contiguous K and V, or for the state of one wave's rows.
+std::uint32_t TieredCache::Impl::staging_frames() const {
+  const Bytes stride = capabilities_.frame_stride;
+  const auto frames = [&](Bytes bytes) { return (bytes + stride - 1) / stride; };
+  if (reader_ == Reader::gather) {
+    const Bytes row = Bytes{geometry_.head_dim} * dtype_bytes(geometry_.dtype);
+    const Bytes bytes = 2 * row * geometry_.kv_heads * longest() * batch_.size();
+    return static_cast<std::uint32_t>(
+        std::min<Bytes>(frames(bytes), capabilities_.device_frames));
+  }
+  const Bytes row = attention_state_floats(shape(query_heads_, 1)) * sizeof(float);
+  const Bytes least = frames(row);
+  const Bytes most = std::max<Bytes>(least, capabilities_.device_frames / staging_share);
+  const Bytes wanted = frames(row * std::min(total_rows(), wave_rows_max));
+  return static_cast<std::uint32_t>(std::clamp(wanted, least, most));
+}
+
+// Cuts the step's packed rows into waves of at most `rows_per_wave` rows.
+std::vector<Visit> TieredCache::Impl::plan_visits(std::uint32_t rows_per_wave) {
+  std::vector<Visit> visits;
+  wave_first_row_.assign(1, 0);
+  std::uint32_t row = 0;
+  for (const Growth& growth : batch_) {
+    for (std::uint32_t done = 0; done < growth.new_tokens;) {
+      if (row - wave_first_row_.back() == rows_per_wave) wave_first_row_.push_back(row);
+      const std::uint32_t room = rows_per_wave - (row - wave_first_row_.back());
+      const std::uint32_t rows = std::min(growth.new_tokens - done, room);
+      visits.push_back({growth.sequence, row, rows, growth.sequence->tokens + done,
+                        static_cast<std::uint32_t>(wave_first_row_.size() - 1)});
+      row += rows;
+      done += rows;
+    }
+  }
+  return visits;
+}
+
+void TieredCache::Impl::take_turn(std::uint32_t layer, Reader reader, const char* call) {
+  require(in_step_, "attend and gather: no step is running; open one with step().");
+  if (reader != reader_) {
+    throw LogicError(std::string(call) + ": the step was opened for the other reader.");
+  }
+  if (layer != next_layer_ || layer >= geometry_.layers) {
+    throw LogicError(std::string(call) + ": layer " + std::to_string(layer) +
+                     " is out of order; a step of " + std::to_string(geometry_.layers) +
+                     " layers takes each once, and the next is layer " +
+                     std::to_string(next_layer_) + ".");
+  }
+}
+
+void TieredCache::Impl::run(std::uint32_t layer, LayerReader& reader) {
+  try {
+    scheduler_.run_layer(layer, reader);
+  } catch (...) {
+    abort();
+    throw;
+  }
+  ++next_layer_;
+  note_peaks();
+}
+
+void TieredCache::Impl::attend(std::uint32_t layer, const LayerInputs& inputs, const Rows& q,
+                               const MutableRows& out, std::uint32_t query_heads, float scale,
+                               float* lse) {
+  take_turn(layer, Reader::attend, "attend");
+  if (query_heads == 0 || query_heads % geometry_.kv_heads != 0) {
+    throw LogicError("attend: " + std::to_string(query_heads) +
+                     " query heads are not a multiple of " + std::to_string(geometry_.kv_heads) +
+                     " KV heads.");
+  }
+  if (query_heads != query_heads_) {
+    require(layer == 0, "attend: the number of query heads changed between layers of one step.");
+    query_heads_ = query_heads;
+    in_step_ = false;
+    start();
+  }
+  AttendReader reader(*backend_, shape(query_heads, scale), inputs, q, out, lse,
+                      reinterpret_cast<float*>(staging()), wave_first_row_);
+  run(layer, reader);
+}
+
+Gathered TieredCache::Impl::gather(std::uint32_t layer, const LayerInputs& inputs) {
+  take_turn(layer, Reader::gather, "gather");
+  const Bytes row = Bytes{geometry_.head_dim} * dtype_bytes(geometry_.dtype);
+  Gathered gathered;
+  gathered.batch = static_cast<std::uint32_t>(batch_.size());
+  gathered.longest = longest();
+  gathered.k = staging();
+  gathered.v = staging() + row * geometry_.kv_heads * gathered.longest * gathered.batch;
+  GatherReader reader(*backend_, shape(geometry_.kv_heads, 1), inputs, gathered,
+                      scheduler_.visits());
+  run(layer, reader);
+  return gathered;
+}
+
+void TieredCache::Impl::finish() {
+  require(in_step_, "finish: no step is running.");
+  if (next_layer_ != geometry_.layers) {
+    const std::uint32_t done = next_layer_;
+    abort();
+    throw LogicError("finish: only " + std::to_string(done) + " of " +
+                     std::to_string(geometry_.layers) +
+                     " layers ran; the step was aborted and its tokens were not added.");
+  }
+  try {
+    scheduler_.finish();
+  } catch (...) {
+    abort();
+    throw;
+  }
+  in_step_ = false;
+  note_peaks();
+  ended_ns_ = backend_->now();
+  ++counters_.steps;
+  if (!decode_) return;
+  after_decode_ = true;
+  ++counters_.decode_steps;
+  counters_.decode_tokens += batch_.size();
+  counters_.decode_ns += ended_ns_ - began_ns_;
+  counters_.decode_stall_ns += scheduler_.stall_ns() - stall_before_ns_;
+}
+
+void TieredCache::Impl::abort() noexcept {
+  if (!in_step_) return;
+  in_step_ = false;
+  after_decode_ = false;
+  scheduler_.abort();
+}
+
+// ---- seeing it ----------------------------------------------------------------------------------
+
+void TieredCache::Impl::note_peaks() {
+  const FramePool& device = scheduler_.map().device();
+  const Bytes stride = capabilities_.frame_stride;
+  const Bytes device_used = (Bytes{device.used()} + device.reserved()) * stride;
+  const Bytes pool_used = scheduler_.map().pool().used() * stride;
+  counters_.device_bytes_peak = std::max(counters_.device_bytes_peak, device_used);
+  counters_.pool_bytes_peak = std::max(counters_.pool_bytes_peak, pool_used);
+}
+
+Stats TieredCache::Impl::stats() const {
+  const BlockMap& map = scheduler_.map();
+  const Bytes stride = capabilities_.frame_stride;
+  Stats stats = counters_;
+  stats.device_bytes = capabilities_.device_frames * stride;
+  stats.device_bytes_used = (Bytes{map.device().used()} + map.device().reserved()) * stride;
+  stats.pool_bytes = capabilities_.pool_frames * stride;
+  stats.pool_bytes_used = map.pool().used() * stride;
+  const Bytes token_bytes = geometry_.frame_bytes() / geometry_.block_tokens * geometry_.layers;
+  for (const auto& [id, sequence] : map.sequences()) stats.kv_bytes += sequence.tokens * token_bytes;
+  stats.streamed_bytes = scheduler_.transfers().loaded_frames() * stride;
+  stats.written_bytes = scheduler_.transfers().written_frames() * stride;
+  stats.retries = scheduler_.transfers().retries();
+  stats.stall_ns = scheduler_.stall_ns();
+  if (stats.decode_ns > 0) {
+    const auto decode_ns = static_cast<double>(stats.decode_ns);
+    stats.stall_fraction = static_cast<double>(stats.decode_stall_ns) / decode_ns;
+    stats.decode_tokens_per_s = static_cast<double>(stats.decode_tokens) * 1e9 / decode_ns;
+  }
+  stats.sequences = static_cast<std::uint32_t>(map.sequences().size());
+  stats.block_tokens = geometry_.block_tokens;
+  stats.resident_frames = map.device().used() - map.ring_frames();
+  stats.ring_frames = scheduler_.plan().ring_frames;
+  stats.policy = scheduler_.policy().name();
+  stats.pool_io = capabilities_.pool_io;
+  stats.attention_isa = pie::attention_isa();
+  return stats;
+}
+
+// ---- the facade ---------------------------------------------------------------------------------
+
+TieredCache::TieredCache(const CacheOptions& options) {
+  const Geometry geometry = resolve(options);
+  std::unique_ptr<Policy> policy = make_policy(options.policy);
+  impl_ = std::make_unique<Impl>(geometry, std::move(policy), open_backend(options, geometry));
+}
+
+TieredCache::TieredCache(const Geometry& geometry, const std::string& policy,
+                         std::unique_ptr<Backend> backend)
+    : impl_(std::make_unique<Impl>(geometry, make_policy(policy), std::move(backend))) {}
+
+TieredCache::~TieredCache() = default;
+
+namespace {
+
+template <typename Impl>
+Impl& open(const std::unique_ptr<Impl>& impl) {
+  require(impl != nullptr, "The cache is closed.");
+  return *impl;
+}
+
+}  // namespace
+
+const Geometry& TieredCache::geometry() const { return open(impl_).geometry_; }
+
+SequenceId TieredCache::add() {
+  Impl& impl = open(impl_);
+  const Impl::Entry entry(impl);
+  return impl.scheduler_.map().add().id;
+}
+
+void TieredCache::truncate(SequenceId id, std::uint32_t tokens) {
+  Impl& impl = open(impl_);
+  const Impl::Entry entry(impl);
+  impl.refuse_in_step("truncate");
+  Sequence& sequence = impl.sequence(id, "truncate");
+  if (tokens > sequence.tokens) {
+    throw LogicError("truncate: sequence " + std::to_string(id) + " has " +
+                     std::to_string(sequence.tokens) + " tokens, fewer than the " +
+                     std::to_string(tokens) + " asked for.");
+  }
+  impl.scheduler_.truncate(sequence, tokens);
+}
+
+void TieredCache::free(SequenceId id) {
+  Impl& impl = open(impl_);
+  const Impl::Entry entry(impl);
+  impl.refuse_in_step("free");
+  impl.scheduler_.free(impl.sequence(id, "free"));
+}
+
+std::uint32_t TieredCache::length(SequenceId id) const {
+  return open(impl_).sequence(id, "length").tokens;
+}
+
+void TieredCache::begin(std::span<const StepEntry> batch, Reader reader) {
+  Impl& impl = open(impl_);
+  const Impl::Entry entry(impl);
+  impl.begin(batch, reader);
+}
+
+void TieredCache::attend(std::uint32_t layer, const LayerInputs& inputs, const Rows& q,
+                         const MutableRows& out, std::uint32_t query_heads, float scale,
+                         float* lse) {
+  Impl& impl = open(impl_);
+  const Impl::Entry entry(impl);
+  impl.attend(layer, inputs, q, out, query_heads, scale, lse);
+}
+
+Gathered TieredCache::gather(std::uint32_t layer, const LayerInputs& inputs) {
+  Impl& impl = open(impl_);
+  const Impl::Entry entry(impl);
+  return impl.gather(layer, inputs);
+}
+
+void TieredCache::finish() {
+  Impl& impl = open(impl_);
+  const Impl::Entry entry(impl);
+  impl.finish();
+}
+
+void TieredCache::abort() noexcept {
+  if (impl_ != nullptr) impl_->abort();
+}
+
+bool TieredCache::in_step() const { return open(impl_).in_step_; }
+
+Stats TieredCache::stats() const { return open(impl_).stats(); }
+
+void TieredCache::check() const { open(impl_).scheduler_.check(); }
+
+void TieredCache::close() {
+  if (impl_ == nullptr) return;
+  {
+    const Impl::Entry entry(*impl_);
+    impl_->abort();
+  }
+  impl_.reset();
+}
+
+}  // namespace pie

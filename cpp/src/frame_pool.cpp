@@ -1,0 +1,130 @@
+// The bitmap behind FramePool: word-wise searches, no allocation after construction.
+#include "pie/frame_pool.hpp"
+
+#include <algorithm>
+#include <bit>
+
+#include "pie/error.hpp"
+
+namespace pie {
+
+namespace {
+
+constexpr std::uint32_t word_bits = 64;
+
+std::uint32_t word_of(FrameIndex frame) { return frame / word_bits; }
+std::uint64_t bit_of(FrameIndex frame) { return std::uint64_t{1} << (frame % word_bits); }
+
+}  // namespace
+
+FramePool::FramePool(std::uint32_t capacity, std::uint32_t limit)
+    : capacity_(capacity), limit_(0), run_end_(0), bits_((capacity + word_bits - 1) / word_bits) {
+  require(limit <= capacity, "FramePool: limit is above capacity.");
+  set_limit(limit);
+}
+
+void FramePool::mark(FrameIndex frame, bool free) {
+  if (free) {
+    bits_[word_of(frame)] |= bit_of(frame);
+    ++free_;
+    lowest_word_ = std::min(lowest_word_, word_of(frame));
+  } else {
+    bits_[word_of(frame)] &= ~bit_of(frame);
+    --free_;
+  }
+}
+
+bool FramePool::is_free(FrameIndex frame) const {
+  return frame < limit_ && (bits_[word_of(frame)] & bit_of(frame)) != 0;
+}
+
+FrameIndex FramePool::acquire() {
+  if (free_ == 0) return no_frame;
+  while (bits_[lowest_word_] == 0) ++lowest_word_;
+  const auto offset = static_cast<std::uint32_t>(std::countr_zero(bits_[lowest_word_]));
+  const FrameIndex frame = lowest_word_ * word_bits + offset;
+  mark(frame, false);
+  return frame;
+}
+
+bool FramePool::acquire_at(FrameIndex frame) {
+  if (!is_free(frame)) return false;
+  mark(frame, false);
+  return true;
+}
+
+// The highest run of free frames that ends at or below `end`; count 0 where there is none.
+FrameRun FramePool::next_run_below(FrameIndex end) const {
+  const auto run_of_bits = [this](FrameIndex below, bool free) {
+    // Highest frame under `below` whose bit equals `free`, plus one; 0 where there is none.
+    while (below > 0) {
+      const FrameIndex last = below - 1;
+      const std::uint64_t word = free ? bits_[word_of(last)] : ~bits_[word_of(last)];
+      const std::uint64_t under = word & (~std::uint64_t{0} >> (word_bits - 1 - last % word_bits));
+      const FrameIndex base = word_of(last) * word_bits;
+      if (under != 0) {
+        return base + word_bits - static_cast<std::uint32_t>(std::countl_zero(under));
+      }
+      below = base;
+    }
+    return FrameIndex{0};
+  };
+  const FrameIndex top = run_of_bits(end, true);
+  if (top == 0) return {};
+  const FrameIndex bottom = run_of_bits(top, false);
+  return {bottom, top - bottom};
+}
+
+FrameRun FramePool::acquire_run(std::uint32_t want) {
+  if (free_ == 0 || want == 0) return {};
+  FrameRun best;
+  // Next fit, downwards from where the last run was taken and once around: a ring that is released
+  // in the order it was taken stays in adjacent pieces.
+  for (const FrameIndex start : {std::min(run_end_, limit_), limit_}) {
+    for (FrameIndex end = start; best.count < want && end > 0;) {
+      const FrameRun run = next_run_below(end);
+      if (run.count > best.count) best = run;
+      end = run.count == 0 ? 0 : run.first;
+    }
+    if (best.count >= want) break;
+  }
+  const std::uint32_t count = std::min(best.count, want);
+  const FrameRun taken{best.end() - count, count};
+  for (FrameIndex frame = taken.first; frame < taken.end(); ++frame) mark(frame, false);
+  run_end_ = taken.first == 0 ? limit_ : taken.first;
+  return taken;
+}
+
+void FramePool::release(FrameIndex frame) {
+  require(frame < limit_ && !is_free(frame), "FramePool::release: the frame is not in use.");
+  mark(frame, true);
+}
+
+void FramePool::release(FrameRun run) {
+  for (FrameIndex frame = run.first; frame < run.end(); ++frame) release(frame);
+}
+
+void FramePool::set_limit(std::uint32_t limit) {
+  require(limit <= capacity_, "FramePool::set_limit: the limit is above capacity.");
+  for (FrameIndex frame = limit; frame < limit_; ++frame) {
+    require(is_free(frame), "FramePool::set_limit: a frame to give up is in use.");
+  }
+  for (FrameIndex frame = limit; frame < limit_; ++frame) mark(frame, false);
+  for (FrameIndex frame = limit_; frame < limit; ++frame) mark(frame, true);
+  limit_ = limit;
+  run_end_ = limit;
+  lowest_word_ = 0;
+}
+
+void FramePool::check() const {
+  std::uint32_t counted = 0;
+  for (const std::uint64_t word : bits_) counted += static_cast<std::uint32_t>(std::popcount(word));
+  require(counted == free_, "FramePool::check: the bitmap and the count of free frames differ.");
+  require(free_ <= limit_, "FramePool::check: more frames are free than usable.");
+  for (FrameIndex frame = limit_; frame < capacity_; ++frame) {
+    require((bits_[word_of(frame)] & bit_of(frame)) == 0,
+            "FramePool::check: a reserved frame is marked free.");
+  }
+}
+
+}  // namespace pie

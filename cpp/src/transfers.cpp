@@ -1,0 +1,161 @@
+// Submission, completion and retry of copies between the tiers.
+#include "pie/transfers.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <string>
+
+#include "pie/error.hpp"
+
+namespace pie {
+
+namespace {
+
+constexpr std::uint32_t tries_max = 3;
+constexpr Nanos wait_ns_max = 1'000'000'000;
+
+std::uint64_t key_of(Ticket ticket) {
+  return ticket.id * 2 + (ticket.lane == Lane::device_to_pool ? 1 : 0);
+}
+
+// Merges blocks whose frames are adjacent in both tiers into one copy.
+std::vector<Copy> copies_of(const std::vector<Block>& blocks, std::uint32_t first,
+                            std::uint32_t count) {
+  std::vector<Copy> copies;
+  for (std::uint32_t i = first; i < first + count; ++i) {
+    const Block& block = blocks[i];
+    if (!copies.empty()) {
+      Copy& last = copies.back();
+      if (last.device_first + last.count == block.device &&
+          last.pool_first + last.count == block.pool) {
+        ++last.count;
+        continue;
+      }
+    }
+    copies.push_back({block.device, block.pool, 1});
+  }
+  return copies;
+}
+
+}  // namespace
+
+Transfers::Transfers(Backend& backend, BlockMap& map)
+    : backend_(backend), map_(map), readers_(map.device().capacity()) {}
+
+void Transfers::submit(const Transfer& transfer) {
+  const std::vector<Block>& blocks = transfer.sequence->layers[transfer.layer].blocks;
+  const std::vector<Copy> copies = copies_of(blocks, transfer.first_block, transfer.count);
+  Dep after;
+  if (transfer.lane == Lane::pool_to_device) {
+    for (std::uint32_t i = 0; i < transfer.count; ++i) {
+      const Fence fence = readers_[blocks[transfer.first_block + i].device];
+      after.fence.id = std::max(after.fence.id, fence.id);
+    }
+  }
+  const Ticket ticket = backend_.submit(transfer.lane, copies, {&after, 1});
+  in_flight_.emplace(key_of(ticket), transfer);
+}
+
+void Transfers::load(Sequence& sequence, std::uint32_t layer, std::uint32_t first_block,
+                     FrameRun device, bool ring) {
+  for (std::uint32_t i = 0; i < device.count; ++i) {
+    map_.begin_load({&sequence, layer, first_block + i}, device.first + i, ring);
+  }
+  ++sequence.in_flight;
+  submit({Lane::pool_to_device, &sequence, layer, first_block, device.count, 1});
+}
+
+void Transfers::write(Sequence& sequence, std::uint32_t layer, std::uint32_t first_block,
+                      const std::vector<FrameIndex>& pool_frames) {
+  const auto count = static_cast<std::uint32_t>(pool_frames.size());
+  for (std::uint32_t i = 0; i < count; ++i) {
+    map_.begin_write({&sequence, layer, first_block + i}, pool_frames[i]);
+  }
+  ++sequence.in_flight;
+  submit({Lane::device_to_pool, &sequence, layer, first_block, count, 1});
+}
+
+void Transfers::commit(const Transfer& transfer) {
+  const bool load = transfer.lane == Lane::pool_to_device;
+  for (std::uint32_t i = 0; i < transfer.count; ++i) {
+    const BlockKey key{transfer.sequence, transfer.layer, transfer.first_block + i};
+    load ? map_.commit_load(key) : map_.commit_write(key);
+  }
+  (load ? loaded_frames_ : written_frames_) += transfer.count;
+  landed_.push_back({transfer.lane, transfer.sequence, transfer.layer, transfer.first_block,
+                     transfer.count});
+}
+
+void Transfers::give_up(const Transfer& transfer, const Completion& completion) {
+  const bool load = transfer.lane == Lane::pool_to_device;
+  for (std::uint32_t i = 0; i < transfer.count; ++i) {
+    const BlockKey key{transfer.sequence, transfer.layer, transfer.first_block + i};
+    load ? map_.fail_load(key) : map_.fail_write(key);
+  }
+  LayerBlocks& layer = transfer.sequence->layers[transfer.layer];
+  if (!load) layer.written = std::min(layer.written, transfer.first_block);
+  if (!transfer.sequence->error.empty()) return;
+  transfer.sequence->error =
+      std::string(load ? "Reading" : "Writing") + " KV of sequence " +
+      std::to_string(transfer.sequence->id) + " (layer " + std::to_string(transfer.layer) + ", " +
+      std::to_string(transfer.count) + " blocks from block " +
+      std::to_string(transfer.first_block) + ") " + (load ? "from" : "to") + " the pool failed " +
+      std::to_string(tries_max) + " times: " +
+      (completion.status == Status::corrupt ? "the data read are not the data written"
+                                            : std::strerror(completion.error)) +
+      ". Its committed KV is unchanged; try the step again, or free the sequence.";
+}
+
+void Transfers::end(const Completion& completion) {
+  const auto it = in_flight_.find(key_of(completion.ticket));
+  require(it != in_flight_.end(), "Transfers::land: a ticket ended that was never submitted.");
+  Transfer transfer = it->second;
+  in_flight_.erase(it);
+  if (completion.status != Status::ok && transfer.tries < tries_max) {
+    ++transfer.tries;
+    ++retries_;
+    submit(transfer);
+    return;
+  }
+  --transfer.sequence->in_flight;
+  if (completion.status == Status::ok) {
+    commit(transfer);
+  } else {
+    give_up(transfer, completion);
+  }
+}
+
+const std::vector<Landed>& Transfers::land() {
+  landed_.clear();
+  std::array<Completion, 64> ended;
+  for (std::size_t count = ended.size(); count == ended.size() && any();) {
+    count = backend_.poll(ended);
+    for (std::size_t i = 0; i < count; ++i) end(ended[i]);
+  }
+  return landed_;
+}
+
+void Transfers::wait() { backend_.wait(wait_ns_max); }
+
+void Transfers::check() const {
+  std::vector<bool> device(map_.device().capacity());
+  std::vector<bool> pool(map_.pool().capacity());
+  std::uint32_t claimed = 0;
+  for (const auto& [ticket, transfer] : in_flight_) {
+    for (std::uint32_t i = 0; i < transfer.count; ++i) {
+      const Block& block = BlockMap::at({transfer.sequence, transfer.layer,
+                                         transfer.first_block + i});
+      require(block.in_flight(), "check: a ticket in flight moves a block that is at rest.");
+      require(!device[block.device] && !pool[block.pool],
+              "check: a frame is used by two copies at once.");
+      device[block.device] = true;
+      pool[block.pool] = true;
+      ++claimed;
+    }
+  }
+  require(claimed == map_.count(BlockState::writing) + map_.count(BlockState::loading),
+          "check: a block waits for a copy that nobody makes.");
+}
+
+}  // namespace pie

@@ -1,0 +1,172 @@
+// The cache against a reference model: seeded random steps, truncations, aborts and failures over a
+// backend that ends copies in any order; every invariant checked after every operation.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "reference_model.hpp"
+
+namespace pie {
+namespace {
+
+using testing::MemoryOptions;
+using testing::Model;
+using testing::small_geometry;
+
+// ---- seeded random runs -------------------------------------------------------------------------
+
+struct Swarm {
+  explicit Swarm(std::uint64_t seed) : random(seed) {}
+  std::mt19937_64 random;
+
+  std::uint32_t pick(std::uint32_t below) { return static_cast<std::uint32_t>(random() % below); }
+};
+
+std::vector<StepEntry> random_batch(Swarm& swarm, const Model& model) {
+  std::vector<StepEntry> batch;
+  for (const auto& [id, salts] : model.salts()) {
+    if (swarm.pick(3) == 0) continue;
+    const std::uint32_t length[] = {1, 1, 1, 1 + swarm.pick(16), 1 + swarm.pick(90)};
+    batch.push_back({id, length[swarm.pick(5)]});
+  }
+  std::shuffle(batch.begin(), batch.end(), swarm.random);
+  return batch;
+}
+
+void random_operation(Swarm& swarm, Model& model) {
+  const auto& salts = model.salts();
+  auto some = salts.begin();
+  if (!salts.empty()) std::advance(some, swarm.pick(static_cast<std::uint32_t>(salts.size())));
+  switch (swarm.pick(10)) {
+    case 0:
+      if (salts.size() < 4) model.add();
+      break;
+    case 1:
+      if (!salts.empty()) model.free(some->first);
+      break;
+    case 2:
+      if (!salts.empty()) {
+        const auto length = static_cast<std::uint32_t>(some->second.size());
+        model.truncate(some->first, swarm.pick(length + 1));
+      }
+      break;
+    default: {
+      const std::vector<StepEntry> batch = random_batch(swarm, model);
+      if (batch.empty()) break;
+      const Reader reader = swarm.pick(3) == 0 ? Reader::gather : Reader::attend;
+      const bool aborts = swarm.pick(6) == 0;
+      model.step(batch, reader, aborts ? swarm.pick(model.layers()) : model.layers());
+    }
+  }
+}
+
+struct Tally {
+  std::uint64_t streamed = 0;
+  std::uint64_t capacity_errors = 0;
+  std::uint64_t io_errors = 0;
+};
+
+void run_seed(std::uint64_t seed, Tally& tally, double failures) {
+  SCOPED_TRACE("SEED=" + std::to_string(seed));
+  Swarm swarm(seed);
+  const std::uint32_t layers = 1 + swarm.pick(4);
+  MemoryOptions options;
+  options.frame_bytes = small_geometry(layers).frame_bytes();
+  options.device_frames = layers + 2 + swarm.pick(layers * 12);
+  options.pool_frames = swarm.pick(5) == 0 ? swarm.pick(20) : 200 + swarm.pick(400);
+  options.seed = seed;
+  options.failure_probability = failures;
+  const std::string policies[] = {"fit", "fit", "fixed:0.5", "fixed:1", "off"};
+  Model model(layers, policies[swarm.pick(5)], options);
+  model.add();
+  for (int i = 0; i < 60 && !::testing::Test::HasFailure(); ++i) {
+    try {
+      random_operation(swarm, model);
+    } catch (const CapacityError&) {
+      ++tally.capacity_errors;
+    } catch (const IoError&) {
+      ++tally.io_errors;
+    }
+    model.check();
+  }
+  tally.streamed += model.cache().stats().streamed_bytes;
+}
+
+TEST(CacheSwarm, HoldsWhatTheReferenceHolds) {
+  Tally tally;
+  for (std::uint64_t seed = 1; seed <= 400 && !HasFailure(); ++seed) run_seed(seed, tally, 0);
+  EXPECT_GT(tally.streamed, 0U);
+  EXPECT_GT(tally.capacity_errors, 0U);
+  EXPECT_EQ(tally.io_errors, 0U);
+}
+
+TEST(CacheSwarm, SurvivesFailingTransfers) {
+  Tally tally;
+  for (std::uint64_t seed = 1; seed <= 200 && !HasFailure(); ++seed) run_seed(seed, tally, 0.3);
+  EXPECT_GT(tally.io_errors, 0U);
+}
+
+// ---- every short history ------------------------------------------------------------------------
+
+enum class Act : std::uint8_t { add, token, block_and_more, truncate, free_first, aborted_step };
+constexpr std::uint32_t acts = 6;
+
+void apply(Act act, Model& model) {
+  if (model.salts().empty() || act == Act::add) {
+    if (model.salts().size() < 2) model.add();
+    return;
+  }
+  const SequenceId first = model.salts().begin()->first;
+  const SequenceId last = model.salts().rbegin()->first;
+  switch (act) {
+    case Act::token: {
+      std::vector<StepEntry> all;
+      for (const auto& [id, salts] : model.salts()) all.push_back({id, 1});
+      return model.step(all, Reader::attend, model.layers());
+    }
+    case Act::block_and_more:
+      return model.step({{last, 17}}, Reader::attend, model.layers());
+    case Act::truncate: {
+      const auto length = static_cast<std::uint32_t>(model.salts().at(first).size());
+      return model.truncate(first, length / 2);
+    }
+    case Act::free_first:
+      return model.free(first);
+    case Act::aborted_step:
+      return model.step({{first, 18}}, Reader::attend, 1);
+    case Act::add:
+      return;
+  }
+}
+
+// All histories of six acts from a cache with one sequence of 40 tokens whose device holds two
+// layers' worth of three blocks.
+TEST(CacheExhaustive, EveryShortHistoryHolds) {
+  constexpr std::uint32_t length = 5;
+  std::uint32_t histories = 1;
+  for (std::uint32_t i = 0; i < length; ++i) histories *= acts;
+  for (std::uint32_t history = 0; history < histories && !HasFailure(); ++history) {
+    SCOPED_TRACE("HISTORY=" + std::to_string(history));
+    MemoryOptions options;
+    options.device_frames = 8;
+    options.pool_frames = 40;
+    options.frame_bytes = small_geometry(2).frame_bytes();
+    options.seed = history + 1;
+    Model model(2, "fit", options);
+    model.step({{model.add(), 40}}, Reader::attend, 2);
+    for (std::uint32_t i = 0, rest = history; i < length; ++i, rest /= acts) {
+      try {
+        apply(static_cast<Act>(rest % acts), model);
+      } catch (const CapacityError&) {
+        // Refused whole: the next acts go on from what was there.
+      }
+      model.check();
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pie

@@ -1,0 +1,129 @@
+// Policies are pure: each plan is judged against its snapshot alone.
+#include <gtest/gtest.h>
+
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "pie/error.hpp"
+#include "pie/policy.hpp"
+
+namespace pie {
+namespace {
+
+Snapshot make_snapshot(std::uint32_t layers, std::uint32_t device_frames,
+                       const std::vector<SequenceView>& sequences) {
+  Snapshot snapshot;
+  snapshot.layers = layers;
+  snapshot.device_frames = device_frames;
+  snapshot.pool_frames = 1000000;
+  snapshot.copy_frames_best = 8;
+  snapshot.sequences = sequences;
+  return snapshot;
+}
+
+std::uint64_t streamed(const Plan& plan) {
+  return std::accumulate(plan.streamed_frames.begin(), plan.streamed_frames.end(),
+                         std::uint64_t{0});
+}
+
+TEST(Policy, FitStreamsNothingThatFits) {
+  const std::vector<SequenceView> sequences{{10, 1, true}, {5, 1, false}};
+  const Plan plan = make_policy("fit")->plan(make_snapshot(4, 4 * 17, sequences));
+  EXPECT_EQ(streamed(plan), 0U);
+  EXPECT_EQ(plan.ring_frames, 0U);
+}
+
+TEST(Policy, FitStreamsJustWhatDoesNotFit) {
+  const std::vector<SequenceView> sequences{{100, 1, true}};
+  for (std::uint32_t device = 40; device < 3030; device += 13) {
+    const Snapshot snapshot = make_snapshot(30, device, sequences);
+    const Plan plan = make_policy("fit")->plan(snapshot);
+    EXPECT_LE(device_frames_needed(snapshot, plan), device);
+    // No more than the excess and the ring: the device is full, but for rounding.
+    if (streamed(plan) > 0 && streamed(plan) < 3000) {
+      EXPECT_EQ(device_frames_needed(snapshot, plan), device);
+    }
+  }
+}
+
+TEST(Policy, FitSetsIdleSequencesAsideFirst) {
+  const std::vector<SequenceView> sequences{{20, 1, true}, {20, 1, false}};
+  const Plan plan = make_policy("fit")->plan(make_snapshot(2, 2 * 30, sequences));
+  EXPECT_EQ(plan.streamed_frames[0], 0U);
+  EXPECT_EQ(plan.streamed_frames[1], 24U);
+  EXPECT_EQ(plan.ring_frames, 0U);
+}
+
+TEST(Policy, FixedStreamsItsShareEvenWhereAllFits) {
+  const std::vector<SequenceView> sequences{{64, 1, true}, {32, 0, true}};
+  for (const auto& [name, share] : {std::pair{"fixed:0.25", 0.25}, std::pair{"fixed:1", 1.0}}) {
+    const Plan plan = make_policy(name)->plan(make_snapshot(4, 4000, sequences));
+    EXPECT_EQ(streamed(plan), static_cast<std::uint64_t>(share * 4 * 96));
+    EXPECT_GT(plan.ring_frames, 0U);
+    EXPECT_TRUE(plan.write_behind);
+  }
+}
+
+TEST(Policy, FixedStreamsMoreWhereTheBudgetDemands) {
+  const std::vector<SequenceView> sequences{{100, 1, true}};
+  const Snapshot snapshot = make_snapshot(4, 100, sequences);
+  const Plan fixed = make_policy("fixed:0.1")->plan(snapshot);
+  EXPECT_EQ(streamed(fixed), streamed(make_policy("fit")->plan(snapshot)));
+}
+
+TEST(Policy, OffStreamsNothing) {
+  const std::vector<SequenceView> sequences{{100, 1, true}};
+  const Snapshot snapshot = make_snapshot(4, 100, sequences);
+  const Plan plan = make_policy("off")->plan(snapshot);
+  EXPECT_EQ(streamed(plan), 0U);
+  EXPECT_FALSE(plan.write_behind);
+  EXPECT_GT(device_frames_needed(snapshot, plan), 100U);
+}
+
+TEST(Policy, EveryPlanThatCanFitFits) {
+  std::minstd_rand random(3);
+  const char* names[] = {"fit", "fixed:0.3", "fixed:1"};
+  for (int i = 0; i < 20000; ++i) {
+    const std::uint32_t layers = 1 + random() % 40;
+    std::vector<SequenceView> sequences(1 + random() % 6);
+    std::uint64_t pinned = 0;
+    for (SequenceView& view : sequences) {
+      view = {static_cast<std::uint32_t>(random() % 50), static_cast<std::uint32_t>(random() % 3),
+              random() % 3 != 0};
+      pinned += std::uint64_t{view.pinned_blocks} * layers;
+    }
+    const auto device = static_cast<std::uint32_t>(pinned + 1 + random() % (layers * 60));
+    const Snapshot snapshot = make_snapshot(layers, device, sequences);
+    const Plan plan = make_policy(names[i % 3])->plan(snapshot);
+    ASSERT_LE(device_frames_needed(snapshot, plan), device);
+    for (std::size_t s = 0; s < sequences.size(); ++s) {
+      ASSERT_LE(plan.streamed_frames[s], sequences[s].full_blocks * layers);
+    }
+  }
+}
+
+TEST(Policy, StreamedBlocksAddUpAndAreEven) {
+  for (std::uint32_t layers = 1; layers < 40; ++layers) {
+    for (std::uint32_t frames = 0; frames < 200; ++frames) {
+      std::uint32_t sum = 0;
+      for (std::uint32_t layer = 0; layer < layers; ++layer) {
+        const std::uint32_t blocks = streamed_blocks(frames, layer, layers);
+        EXPECT_GE(blocks, frames / layers);
+        EXPECT_LE(blocks, frames / layers + 1);
+        sum += blocks;
+      }
+      EXPECT_EQ(sum, frames);
+    }
+  }
+}
+
+TEST(Policy, UnknownNamesAreRefused) {
+  for (const char* name : {"", "fixed", "fixed:", "fixed:2", "fixed:-0.1", "fixed:0.5x", "Fit",
+                           "adaptive", "fixed:nan"}) {
+    EXPECT_THROW(static_cast<void>(make_policy(name)), ConfigError) << name;
+  }
+}
+
+}  // namespace
+}  // namespace pie

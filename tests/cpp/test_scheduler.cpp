@@ -1,0 +1,242 @@
+// What a step moves and when: one-way traffic, discards, prefetch, large copies, least budgets,
+// failures and exhausted tiers. Contents are checked by the reference model throughout.
+#include <gtest/gtest.h>
+
+#include <vector>
+
+#include "reference_model.hpp"
+
+namespace pie {
+namespace {
+
+using testing::MemoryOptions;
+using testing::Model;
+using testing::small_geometry;
+
+MemoryOptions options_for(std::uint32_t layers, std::uint32_t device_frames,
+                          std::uint32_t pool_frames) {
+  MemoryOptions options;
+  options.device_frames = device_frames;
+  options.pool_frames = pool_frames;
+  options.frame_bytes = small_geometry(layers).frame_bytes();
+  return options;
+}
+
+void grow(Model& model, SequenceId id, std::uint32_t tokens) {
+  model.step({{id, tokens}}, Reader::attend, model.layers());
+  model.check();
+}
+
+std::uint64_t frames(Bytes bytes) { return bytes / small_geometry(1).frame_bytes(); }
+
+TEST(Scheduler, MovesNothingWhileEverythingFits) {
+  for (const char* policy : {"fit", "off"}) {
+    Model model(4, policy, options_for(4, 100, 1000));
+    const SequenceId id = model.add();
+    grow(model, id, 100);
+    for (int i = 0; i < 40; ++i) grow(model, id, 1);
+    EXPECT_EQ(model.backend().submitted(), 0U) << policy;
+    EXPECT_EQ(model.cache().stats().stall_ns, 0);
+  }
+}
+
+TEST(Scheduler, WritesEachFilledFrameOnce) {
+  Model model(3, "fit", options_for(3, 20, 1000));
+  const SequenceId id = model.add();
+  grow(model, id, 200);
+  for (int i = 0; i < 100; ++i) grow(model, id, 1);
+  const Stats stats = model.cache().stats();
+  EXPECT_GT(stats.streamed_bytes, stats.written_bytes);
+  EXPECT_LE(frames(stats.written_bytes), 3U * (300 / 16));
+  EXPECT_GE(frames(stats.written_bytes), 3U * (300 / 16) - 20);
+}
+
+TEST(Scheduler, StreamsJustThePlanEachStep) {
+  constexpr std::uint32_t layers = 6;
+  for (const auto& [policy, device_frames] :
+       std::vector<std::pair<const char*, std::uint32_t>>{{"fixed:1", 200}, {"fit", 60}}) {
+    Model model(layers, policy, options_for(layers, device_frames, 1000));
+    const SequenceId id = model.add();
+    grow(model, id, 16 * 20);
+    grow(model, id, 1);
+    grow(model, id, 1);
+    const Bytes before = model.cache().stats().streamed_bytes;
+    for (int i = 0; i < 10; ++i) grow(model, id, 1);
+    const std::uint64_t per_step = frames(model.cache().stats().streamed_bytes - before) / 10;
+    if (policy == std::string("fixed:1")) {
+      EXPECT_EQ(per_step, layers * 20U);
+    } else {
+      // What is over, the ring, and what an unlucky order of completions evicts early.
+      const std::uint64_t excess = layers * 21U - (60 - model.cache().stats().ring_frames - 1);
+      EXPECT_GE(per_step + 1, excess);
+      EXPECT_LE(per_step, excess + excess / 4);
+    }
+  }
+}
+
+TEST(Scheduler, PrefetchesTheNextStepAtTheEndOfThisOne) {
+  Model model(4, "fixed:1", options_for(4, 100, 1000));
+  const SequenceId id = model.add();
+  for (int i = 0; i < 3; ++i) grow(model, id, 64);
+  grow(model, id, 1);
+  const Stats stats = model.cache().stats();
+  EXPECT_GT(stats.ring_frames, 0U);
+  // Frames beyond the tails (one a layer) and staging are the ring's, filled or being filled.
+  const std::uint64_t used = frames(stats.device_bytes_used);
+  EXPECT_GT(used, 4U + 1U);
+}
+
+TEST(Scheduler, MovesAdjacentFramesAsOneTicket) {
+  Model model(2, "fixed:1", options_for(2, 200, 1000));
+  const SequenceId id = model.add();
+  grow(model, id, 16 * 64);
+  grow(model, id, 1);
+  const std::uint64_t tickets = model.backend().submitted();
+  const Bytes bytes = model.cache().stats().streamed_bytes;
+  for (int i = 0; i < 8; ++i) grow(model, id, 1);
+  const double moved = static_cast<double>(frames(model.cache().stats().streamed_bytes - bytes));
+  const double per_ticket = moved / static_cast<double>(model.backend().submitted() - tickets);
+  EXPECT_GT(per_ticket, 3.0);  // copies of this backend are best at four frames
+}
+
+TEST(Scheduler, ThreeFramesALayerAreEnoughForOneSequence) {
+  for (std::uint32_t layers = 1; layers <= 6; ++layers) {
+    for (const char* policy : {"fit", "fixed:0.5"}) {
+      Model model(layers, policy, options_for(layers, 3 * layers, 1000));
+      const SequenceId id = model.add();
+      if (layers == 1) {
+        for (int i = 0; i < 70; ++i) grow(model, id, 1);
+      } else {
+        for (const std::uint32_t tokens : {100U, 1U, 30U, 1U, 1U, 64U, 1U}) grow(model, id, tokens);
+      }
+      EXPECT_GT(model.cache().stats().streamed_bytes, 0U);
+      EXPECT_LE(model.cache().stats().device_bytes_peak, model.cache().stats().device_bytes);
+    }
+  }
+}
+
+TEST(Scheduler, RefusesWholeWhatNoTierCanHold) {
+  MemoryOptions options = options_for(2, 12, 1000);
+  options.growable_frames = 20;
+  Model model(2, "fit", options);
+  const SequenceId first = model.add();
+  const SequenceId second = model.add();
+  grow(model, first, 120);
+  grow(model, second, 40);
+  EXPECT_THROW(grow(model, second, 400), CapacityError);
+  EXPECT_EQ(model.cache().length(second), 40U);
+  model.check();
+  for (int i = 0; i < 4; ++i) grow(model, first, 1);  // the other goes on
+  model.free(first);
+  for (int i = 0; i < 40; ++i) grow(model, second, 1);
+}
+
+TEST(Scheduler, PoliciesWithoutAPoolSayWhatIsMissing) {
+  Model model(2, "fit", options_for(2, 12, 0));
+  const SequenceId id = model.add();
+  grow(model, id, 60);
+  try {
+    grow(model, id, 60);
+    FAIL() << "the device holds more than it has";
+  } catch (const CapacityError& error) {
+    EXPECT_NE(std::string(error.what()).find("pool_bytes"), std::string::npos);
+  }
+  grow(model, id, 1);
+}
+
+// The i-th copy fails once, for every i: a retry hides it.
+TEST(Scheduler, OneFailedCopyIsTriedAgain) {
+  std::uint64_t tickets = 1;
+  for (std::uint64_t failing = 0; failing <= tickets; ++failing) {
+    MemoryOptions options = options_for(2, 10, 200);
+    options.fail_ticket = failing;
+    Model model(2, "fit", options);
+    const SequenceId id = model.add();
+    for (int i = 0; i < 20; ++i) grow(model, id, 7);
+    if (failing == 0) tickets = model.backend().submitted();
+    EXPECT_EQ(model.cache().stats().retries, failing == 0 ? 0U : 1U);
+  }
+  EXPECT_GT(tickets, 20U);
+}
+
+// A link that stays broken fails the step that needs it, and only that: when it is back, what was
+// committed is all there.
+TEST(Scheduler, ABrokenLinkLosesNothing) {
+  for (int healthy_steps = 0; healthy_steps < 30; ++healthy_steps) {
+    Model model(2, "fit", options_for(2, 10, 200));
+    const SequenceId id = model.add();
+    for (int i = 0; i < healthy_steps; ++i) grow(model, id, 7);
+    model.backend().set_broken(true);
+    std::uint32_t failures = 0;
+    for (int i = 0; i < 6; ++i) {
+      try {
+        grow(model, id, 5);
+      } catch (const IoError& error) {
+        ++failures;
+        EXPECT_NE(std::string(error.what()).find("sequence 1"), std::string::npos);
+      }
+      model.check();
+    }
+    if (healthy_steps > 10) {
+      EXPECT_GT(failures, 0U);
+    }
+    model.backend().set_broken(false);
+    std::uint32_t good = 0;
+    for (int i = 0; i < 4; ++i) {
+      try {
+        grow(model, id, 5);
+        ++good;
+      } catch (const IoError&) {
+        // The first step after the repair may still tell of an earlier failure.
+      }
+    }
+    EXPECT_GE(good, 3U);
+  }
+}
+
+TEST(Scheduler, AFailureTouchesOnlyItsSequence) {
+  Model model(2, "fit", options_for(2, 24, 400));
+  const SequenceId streamed = model.add();
+  const SequenceId resident = model.add();
+  grow(model, streamed, 160);
+  grow(model, resident, 20);
+  model.step({{streamed, 1}, {resident, 1}}, Reader::attend, 2);
+  model.backend().set_broken(true);
+  EXPECT_THROW(grow(model, streamed, 1), IoError);
+  grow(model, resident, 1);
+  model.backend().set_broken(false);
+  grow(model, resident, 1);
+  grow(model, streamed, 1);
+}
+
+TEST(Scheduler, StepsOutOfTurnAreRefused) {
+  Model model(2, "fit", options_for(2, 24, 400));
+  TieredCache& cache = model.cache();
+  const SequenceId id = model.add();
+  const std::vector<StepEntry> batch{{id, 1}};
+  const std::vector<float> row(64);
+  const Rows rows{row.data(), 16, 8};
+  EXPECT_THROW(static_cast<void>(cache.gather(0, {rows, rows})), LogicError);
+  EXPECT_THROW(cache.begin({}, Reader::gather), LogicError);
+  EXPECT_THROW(cache.begin(std::vector<StepEntry>{{id, 0}}, Reader::gather), LogicError);
+  EXPECT_THROW(cache.begin(std::vector<StepEntry>{{id, 1}, {id, 1}}, Reader::gather), LogicError);
+  EXPECT_THROW(cache.begin(std::vector<StepEntry>{{id + 1, 1}}, Reader::gather), LogicError);
+  cache.begin(batch, Reader::gather);
+  EXPECT_THROW(cache.begin(batch, Reader::gather), LogicError);
+  EXPECT_THROW(cache.free(id), LogicError);
+  EXPECT_THROW(cache.truncate(id, 0), LogicError);
+  EXPECT_THROW(static_cast<void>(cache.gather(1, {rows, rows})), LogicError);
+  static_cast<void>(cache.gather(0, {rows, rows}));
+  EXPECT_THROW(static_cast<void>(cache.gather(0, {rows, rows})), LogicError);
+  EXPECT_THROW(cache.finish(), LogicError);  // a layer is missing: aborted
+  EXPECT_FALSE(cache.in_step());
+  EXPECT_EQ(cache.length(id), 0U);
+  cache.free(id);
+  EXPECT_THROW(static_cast<void>(cache.length(id)), LogicError);
+  cache.close();
+  cache.close();
+  EXPECT_THROW(static_cast<void>(cache.add()), LogicError);
+}
+
+}  // namespace
+}  // namespace pie
