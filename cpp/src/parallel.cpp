@@ -71,9 +71,7 @@ bool use_openmp(const char* library, unsigned threads) {
     return false;
   }
   // The handle is kept: it holds the library in the process for as long as loops may run on it.
-  team = {.runner = nullptr,
-          .gomp = reinterpret_cast<GompParallel>(entry),
-          .threads = threads};
+  team = {.runner = nullptr, .gomp = reinterpret_cast<GompParallel>(entry), .threads = threads};
   return true;
 }
 

@@ -127,8 +127,10 @@ void Scheduler::apply(const Plan& plan) {
   std::size_t index = 0;
   for (auto& [id, sequence] : map_.sequences()) {
     const std::uint32_t frames = plan.streamed_frames[index++];
+    const std::uint32_t held = held_block(sequence);
     for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
-      set_streamed(sequence, layer, streamed_blocks(frames, layer, geometry_.layers));
+      const std::uint32_t streamed = streamed_blocks(frames, layer, geometry_.layers);
+      set_streamed(sequence, layer, streamed + (streamed > held ? 1 : 0));
     }
   }
   // What was prefetched for sequences that are not in this step only takes up the ring.
@@ -143,6 +145,18 @@ void Scheduler::apply(const Plan& plan) {
     }
   }
   loaded_.swap(wanted);
+}
+
+// The block that is partial before the step and full after it stays until the step has ended, so the
+// plan does not count it: streaming a prefix that reaches beyond it takes one block more.
+std::uint32_t Scheduler::held_block(const Sequence& sequence) const {
+  const std::uint32_t size = geometry_.block_tokens;
+  for (const Growth& growth : batch_) {
+    if (growth.sequence != &sequence || sequence.tokens % size == 0) continue;
+    const std::uint32_t after = sequence.tokens + growth.new_tokens;
+    if (after / size > sequence.tokens / size) return sequence.tokens / size;
+  }
+  return no_frame;
 }
 
 void Scheduler::set_streamed(Sequence& sequence, std::uint32_t layer, std::uint32_t streamed) {

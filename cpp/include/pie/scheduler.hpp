@@ -113,6 +113,7 @@ class Scheduler {
                                   std::vector<SequenceView>& views) const;
   void admit(const Snapshot& snapshot, const Plan& plan, std::uint32_t staging_frames);
   void apply(const Plan& plan);
+  [[nodiscard]] std::uint32_t held_block(const Sequence& sequence) const;
   void set_streamed(Sequence& sequence, std::uint32_t layer, std::uint32_t streamed);
   void reserve_staging(std::uint32_t frames);
   void vacate(FrameIndex frame, std::uint32_t limit);
