@@ -1,0 +1,381 @@
+// The host backend: the CPU computes, an arena in RAM is the device tier, a file on disk the pool.
+//
+// Here copies are queued, ordered after what they must wait for, cut into segments and counted
+// until they end; segment_io.hpp moves the bytes. Whatever is ready goes to the kernel inside
+// submit, poll and wait, reads before writes. A batch that waits for another does not hold up later
+// ones.
+//
+// Frames are equally far apart in both tiers and every address is as aligned as direct I/O wants
+// it, so a run of frames is one contiguous transfer into the arena with no copy in between.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <chrono>
+#include <deque>
+#include <limits>
+#include <map>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "pie/backends.hpp"
+#include "pie/error.hpp"
+#include "pool_file.hpp"
+#include "segment_io.hpp"
+
+namespace pie {
+
+Nanos clock_ns() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+}
+
+namespace {
+
+constexpr Bytes huge_page_bytes = Bytes{2} << 20;
+
+// A single wait below never exceeds this, so that no sum of times overflows.
+constexpr Nanos wait_ns_max = Nanos{60} * 1'000'000'000;
+
+// Private memory on huge pages. A page takes memory from the first time it is used; until then it
+// is address space alone. Children of a fork do not get it: transfers may be on their way into it.
+class Arena {
+ public:
+  explicit Arena(Bytes bytes) : mapped_(bytes + huge_page_bytes) {
+    base_ = ::mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base_ == MAP_FAILED) {
+      throw CapacityError("device tier: " + std::to_string(bytes) +
+                          " bytes of memory were asked for and cannot be mapped: " +
+                          std::generic_category().message(errno) + ". Ask for fewer device_bytes.");
+    }
+    const auto address = reinterpret_cast<std::uintptr_t>(base_);
+    start_ = static_cast<std::byte*>(base_) + (round_up(address, huge_page_bytes) - address);
+    ::madvise(base_, mapped_, MADV_HUGEPAGE);
+    ::madvise(base_, mapped_, MADV_DONTFORK);
+  }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena() { ::munmap(base_, mapped_); }
+
+  [[nodiscard]] std::byte* start() const { return start_; }
+
+ private:
+  Bytes mapped_;
+  void* base_ = nullptr;
+  std::byte* start_ = nullptr;
+};
+
+// One submitted batch of copies, from `submit` until its last segment has ended.
+struct Batch {
+  std::vector<Copy> copies;
+  std::vector<Ticket> after;  // unfinished when last looked at
+  std::size_t copy_next = 0;  // what has been started: all copies before this one,
+  Bytes copy_done = 0;        // and so many bytes of it
+  std::uint32_t in_flight = 0;
+  int error = 0;  // the first; what has not been started by then never is
+  Nanos began = 0;
+  Nanos ended = 0;
+
+  [[nodiscard]] bool all_started() const { return error != 0 || copy_next == copies.size(); }
+};
+
+struct LaneState {
+  std::uint64_t issued = 0;             // id of the newest ticket
+  std::map<std::uint64_t, Batch> live;  // by ticket id, so in order of submission
+  std::map<std::uint64_t, int> failed;  // error of each ticket that failed, for those after it
+  std::uint32_t in_flight = 0;          // segments
+};
+
+constexpr std::array lanes_by_urgency = {Lane::pool_to_device, Lane::device_to_pool};
+
+std::uint32_t in_flight_max(Lane lane) {
+  return lane == Lane::pool_to_device ? reads_in_flight_max : writes_in_flight_max;
+}
+
+// How the pool is reached. All empty but the name where there is no pool.
+struct Pool {
+  std::unique_ptr<PoolFile> file;
+  std::unique_ptr<SegmentIo> io;
+  std::string name = "none";
+};
+
+class HostBackend final : public Backend {
+ public:
+  HostBackend(Capabilities capabilities, Pool pool)
+      : capabilities_(std::move(capabilities)),
+        arena_(capabilities_.device_frames * capabilities_.frame_stride),
+        file_(std::move(pool.file)),
+        io_(std::move(pool.io)) {}
+
+  [[nodiscard]] Capabilities capabilities() const override { return capabilities_; }
+  [[nodiscard]] Nanos now() const override { return clock_ns(); }
+
+  std::uint32_t grow_pool(std::uint32_t frames) override {
+    const std::uint32_t asked = std::min(frames, capabilities_.pool_frames);
+    if (asked <= pool_frames_) return pool_frames_;
+    const Bytes stride = capabilities_.frame_stride;
+    const Bytes bytes = file_->grow(asked * stride, capabilities_.pool_frames * stride);
+    pool_frames_ =
+        std::max(pool_frames_, std::min(asked, static_cast<std::uint32_t>(bytes / stride)));
+    return pool_frames_;
+  }
+
+  [[nodiscard]] std::string pool_refusal() const override {
+    return file_ == nullptr ? "there is no pool: pool_bytes is 0" : file_->refusal();
+  }
+
+  Ticket submit(Lane lane, std::span<const Copy> copies, std::span<const Dep> after) override;
+  std::size_t poll(std::span<Completion> out) override;
+  void wait(Nanos timeout_ns) override;
+
+  // Compute is on the calling thread: when it asks, all it was given before has passed.
+  Fence record(ComputeStream /*stream*/) override { return Fence{}; }
+
+  // The stream cannot be made to wait here, since it is the caller.
+  void depend(ComputeStream /*stream*/, Ticket ticket) override {
+    require(was_issued(ticket), "depend: waits for a ticket that was never submitted");
+    pump();
+    require(!is_live(ticket),
+            "depend: here the calling thread computes; wait for the ticket first");
+  }
+
+  void compute(ComputeStream /*stream*/, Work /*work*/) override {}
+
+  [[nodiscard]] std::byte* address(FrameIndex device_frame) const override {
+    require(device_frame < capabilities_.device_frames, "address: no such device frame");
+    return arena_.start() + device_frame * capabilities_.frame_stride;
+  }
+
+  [[nodiscard]] Health health() const override {
+    const int error = io_ == nullptr ? 0 : io_->lost();
+    if (error == 0) return {};
+    return {false, "the pool file can no longer be reached through " + capabilities_.pool_io +
+                       ": " + std::generic_category().message(error)};
+  }
+
+ private:
+  LaneState& state(Lane lane) { return lanes_[static_cast<std::size_t>(lane)]; }
+  [[nodiscard]] const LaneState& state(Lane lane) const {
+    return lanes_[static_cast<std::size_t>(lane)];
+  }
+
+  [[nodiscard]] bool is_live(Ticket ticket) const {
+    return state(ticket.lane).live.contains(ticket.id);
+  }
+
+  [[nodiscard]] bool idle() const {
+    return std::ranges::all_of(lanes_, [](const LaneState& lane) { return lane.live.empty(); });
+  }
+
+  [[nodiscard]] bool was_issued(Ticket ticket) const {
+    return ticket.id <= state(ticket.lane).issued;
+  }
+
+  void require_in_range(const Copy& copy) const;
+  void pump();
+  void account();
+  void start_ready(Lane lane);
+  bool is_held(Batch& batch) const;
+  void start_segments(Ticket ticket, Batch& batch);
+  void end(Ticket ticket, const Batch& batch);
+
+  const Capabilities capabilities_;
+  Arena arena_;
+  std::unique_ptr<PoolFile> file_;
+  std::unique_ptr<SegmentIo> io_;  // goes first: it waits for transfers in the arena and the file
+  std::uint32_t pool_frames_ = 0;  // usable now
+  std::array<LaneState, 2> lanes_;
+  std::deque<Completion> completions_;    // not yet polled
+  std::vector<SegmentEnd> segment_ends_;  // empty between calls; kept for its memory
+};
+
+void HostBackend::require_in_range(const Copy& copy) const {
+  require(copy.device_first < capabilities_.device_frames &&
+              copy.count <= capabilities_.device_frames - copy.device_first,
+          "submit: a copy reaches beyond the device frames there are");
+  require(copy.pool_first < pool_frames_ && copy.count <= pool_frames_ - copy.pool_first,
+          "submit: a copy reaches beyond the pool frames that grow_pool has made usable");
+}
+
+Ticket HostBackend::submit(Lane lane, std::span<const Copy> copies, std::span<const Dep> after) {
+  require(io_ != nullptr, "submit: this backend was opened without a pool");
+  Batch batch;
+  for (const Copy& copy : copies) {
+    require_in_range(copy);
+    if (copy.count > 0) batch.copies.push_back(copy);
+  }
+  for (const Dep& dep : after) {
+    require(dep.fence.id == 0, "submit: waits for a fence that was never recorded");
+    require(was_issued(dep.ticket), "submit: waits for a ticket that was never submitted");
+    if (dep.ticket.id != 0) batch.after.push_back(dep.ticket);
+  }
+  const Ticket ticket{lane, ++state(lane).issued};
+  state(lane).live.emplace(ticket.id, std::move(batch));
+  pump();
+  return ticket;
+}
+
+std::size_t HostBackend::poll(std::span<Completion> out) {
+  pump();
+  const std::size_t count = std::min(out.size(), completions_.size());
+  const auto end = completions_.begin() + static_cast<std::ptrdiff_t>(count);
+  std::copy(completions_.begin(), end, out.begin());
+  completions_.erase(completions_.begin(), end);
+  return count;
+}
+
+// After a pump that ended nothing something is in flight, or nothing is left at all: the oldest
+// batch waits for none, so it was started.
+void HostBackend::wait(Nanos timeout_ns) {
+  const Nanos began = clock_ns();
+  for (;;) {
+    pump();
+    const Nanos left = timeout_ns - (clock_ns() - began);
+    if (!completions_.empty() || idle() || left <= 0) return;
+    io_->wait(std::min(left, wait_ns_max));
+  }
+}
+
+// Takes note of what ended, then starts what can be started. Never blocks.
+void HostBackend::pump() {
+  if (io_ == nullptr) return;
+  account();
+  for (const Lane lane : lanes_by_urgency) start_ready(lane);
+}
+
+void HostBackend::account() {
+  io_->reap(segment_ends_);
+  for (const SegmentEnd& segment : segment_ends_) {
+    LaneState& lane = state(segment.lane);
+    const auto found = lane.live.find(segment.ticket_id);
+    Batch& batch = found->second;
+    --lane.in_flight;
+    --batch.in_flight;
+    batch.ended = std::max(batch.ended, segment.ended);
+    if (batch.error == 0) batch.error = segment.error;
+    if (batch.in_flight > 0 || !batch.all_started()) continue;
+    end({segment.lane, segment.ticket_id}, batch);
+    lane.live.erase(found);
+  }
+  segment_ends_.clear();
+}
+
+// Oldest first, past those that are held. Ends batches that have nothing to start and nothing in
+// flight: empty ones, and those that follow a failure.
+void HostBackend::start_ready(Lane lane) {
+  auto& live = state(lane).live;
+  for (auto it = live.begin(); it != live.end();) {
+    if (state(lane).in_flight == in_flight_max(lane)) return;
+    auto& [id, batch] = *it;
+    if (!is_held(batch)) start_segments({lane, id}, batch);
+    if (!batch.after.empty() || batch.in_flight > 0 || !batch.all_started()) {
+      ++it;
+      continue;
+    }
+    batch.began = batch.ended = clock_ns();
+    end({lane, id}, batch);
+    it = live.erase(it);
+  }
+}
+
+// Whether the batch must still wait. Once something it waits for has failed it fails the same way.
+bool HostBackend::is_held(Batch& batch) const {
+  std::erase_if(batch.after, [&](Ticket ticket) {
+    if (is_live(ticket)) return false;
+    const auto& failed = state(ticket.lane).failed;
+    const auto found = failed.find(ticket.id);
+    if (found != failed.end() && batch.error == 0) batch.error = found->second;
+    return true;
+  });
+  if (batch.error != 0) batch.after.clear();
+  return !batch.after.empty();
+}
+
+void HostBackend::start_segments(Ticket ticket, Batch& batch) {
+  LaneState& lane = state(ticket.lane);
+  const Bytes stride = capabilities_.frame_stride;
+  while (!batch.all_started() && lane.in_flight < in_flight_max(ticket.lane)) {
+    const Copy& copy = batch.copies[batch.copy_next];
+    const Bytes total = copy.count * stride;
+    const Bytes bytes = std::min(segment_bytes, total - batch.copy_done);
+    if (batch.began == 0) batch.began = clock_ns();
+    io_->start({ticket.lane, arena_.start() + copy.device_first * stride + batch.copy_done,
+                copy.pool_first * stride + batch.copy_done, bytes, ticket.id});
+    ++batch.in_flight;
+    ++lane.in_flight;
+    batch.copy_done += bytes;
+    if (batch.copy_done < total) continue;
+    ++batch.copy_next;
+    batch.copy_done = 0;
+  }
+}
+
+void HostBackend::end(Ticket ticket, const Batch& batch) {
+  if (batch.error != 0) state(ticket.lane).failed.emplace(ticket.id, batch.error);
+  const Status status = batch.error == 0 ? Status::ok : Status::failed;
+  completions_.push_back({ticket, status, batch.error, batch.began, batch.ended});
+}
+
+// The best way that works, or the one that was named. Throws ConfigError where that one does not.
+Pool open_pool(const std::string& dir, const std::string& wanted) {
+  const bool any = wanted == "auto";
+  if (!any && wanted != "direct-uring" && wanted != "direct-threads" &&
+      wanted != "buffered-threads") {
+    throw ConfigError("pool_io is '" + wanted +
+                      "'; it can be auto, direct-uring, direct-threads or buffered-threads.");
+  }
+  auto file = std::make_unique<PoolFile>(dir, wanted != "buffered-threads");
+  const int descriptor = file->descriptor();
+  const Bytes alignment = file->alignment();
+  std::string why = "files in '" + file->dir() + "' cannot be read and written directly";
+  if (file->direct() && (any || wanted == "direct-uring")) {
+    auto io = open_uring_io(descriptor, alignment, why);
+    if (io != nullptr) return {std::move(file), std::move(io), "direct-uring"};
+  }
+  if (wanted == "direct-uring" || (wanted == "direct-threads" && !file->direct())) {
+    throw ConfigError("pool_io '" + wanted + "' does not work here: " + why +
+                      ". Leave it at auto for the best that does.");
+  }
+  auto io = open_thread_io(descriptor, alignment, !file->direct());
+  const char* name = file->direct() ? "direct-threads" : "buffered-threads";
+  return {std::move(file), std::move(io), name};
+}
+
+// As many frames as fit, of which there is at least one.
+std::uint32_t frames_in(Bytes bytes, Bytes stride, const std::string& name) {
+  if (bytes < stride) {
+    throw ConfigError(name + " is " + std::to_string(bytes) + ", but one frame takes " +
+                      std::to_string(stride) + " bytes. Give at least that.");
+  }
+  return static_cast<std::uint32_t>(std::min<Bytes>(bytes / stride, no_frame));
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> open_host(const HostOptions& options) {
+  if (options.frame_bytes == 0)
+    throw ConfigError("frame_bytes is 0; a frame has at least one byte.");
+  Pool pool;
+  if (options.pool_bytes > 0) pool = open_pool(options.pool_dir, options.pool_io);
+  const Bytes alignment = pool.file == nullptr ? buffered_alignment : pool.file->alignment();
+
+  Capabilities capabilities;
+  capabilities.frame_stride = round_up(options.frame_bytes, alignment);
+  capabilities.device_frames =
+      frames_in(options.device_bytes, capabilities.frame_stride, "device_bytes");
+  if (pool.file != nullptr) {
+    capabilities.pool_frames =
+        frames_in(options.pool_bytes, capabilities.frame_stride, "pool_bytes");
+  }
+  capabilities.copy_bytes_best = segment_bytes;
+  capabilities.pool_io = pool.name;
+  return std::make_unique<HostBackend>(std::move(capabilities), std::move(pool));
+}
+
+Bytes host_frame_stride(Bytes frame_bytes, const std::string& pool_dir) {
+  return round_up(frame_bytes, PoolFile(pool_dir, true).alignment());
+}
+
+}  // namespace pie

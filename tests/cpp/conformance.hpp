@@ -1,0 +1,351 @@
+// What every backend must do, whatever it is made of: one suite, instantiated once per backend.
+//
+//   struct MyBackend {
+//     static std::unique_ptr<pie::Backend> open(std::uint32_t device_frames,
+//                                               std::uint32_t pool_frames) { ... }
+//   };
+//   INSTANTIATE_TYPED_TEST_SUITE_P(Mine, BackendConformance, MyBackend);
+//
+// `open` makes a backend with exactly these numbers of frames, each of any size of at least 64
+// bytes. Device frames are read and written through `address`.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <span>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "pie/backend.hpp"
+#include "pie/error.hpp"
+
+namespace pie::conformance {
+
+constexpr Lane to_device = Lane::pool_to_device;
+constexpr Lane to_pool = Lane::device_to_pool;
+constexpr Nanos forever = std::numeric_limits<Nanos>::max();
+
+// Bytes that differ between frames, between seeds, and within a frame.
+inline std::uint8_t pattern(std::uint32_t seed, Bytes at) {
+  const Bytes mixed = (Bytes{seed} + 1) * 0x9e3779b97f4a7c15ULL + at * 0xbf58476d1ce4e5b9ULL;
+  return static_cast<std::uint8_t>(mixed >> 40U);
+}
+
+inline void fill(Backend& backend, FrameIndex frame, std::uint32_t seed) {
+  std::byte* bytes = backend.address(frame);
+  const Bytes count = backend.capabilities().frame_stride;
+  for (Bytes i = 0; i < count; ++i) bytes[i] = std::byte{pattern(seed, i)};
+}
+
+inline bool holds(const Backend& backend, FrameIndex frame, std::uint32_t seed) {
+  const std::byte* bytes = backend.address(frame);
+  const Bytes count = backend.capabilities().frame_stride;
+  for (Bytes i = 0; i < count; ++i) {
+    if (bytes[i] != std::byte{pattern(seed, i)}) return false;
+  }
+  return true;
+}
+
+inline Ticket submit(Backend& backend, Lane lane, std::vector<Copy> copies,
+                     std::vector<Dep> after = {}) {
+  return backend.submit(lane, copies, after);
+}
+
+inline Dep after(Ticket ticket) { return {.fence = {}, .ticket = ticket}; }
+
+// Polls until `count` tickets have ended. Ends early only if the backend says nothing is in flight.
+inline std::vector<Completion> collect(Backend& backend, std::size_t count) {
+  std::vector<Completion> all;
+  while (all.size() < count) {
+    backend.wait(forever);
+    std::array<Completion, 3> some;  // fewer than there may be
+    const std::size_t got = backend.poll(some);
+    if (got == 0) break;
+    all.insert(all.end(), some.begin(), some.begin() + static_cast<std::ptrdiff_t>(got));
+  }
+  return all;
+}
+
+inline const Completion* find(const std::vector<Completion>& all, Ticket ticket) {
+  const auto found = std::ranges::find(all, ticket, &Completion::ticket);
+  return found == all.end() ? nullptr : &*found;
+}
+
+// Runs one ticket to its end.
+inline Completion finish(Backend& backend, Lane lane, std::vector<Copy> copies) {
+  const Ticket ticket = submit(backend, lane, std::move(copies));
+  const auto all = collect(backend, 1);
+  const Completion* ended = find(all, ticket);
+  EXPECT_NE(ended, nullptr) << "the ticket did not end";
+  Completion none;
+  none.status = Status::failed;
+  return ended == nullptr ? none : *ended;
+}
+
+inline bool is_ok(const Completion& completion) { return completion.status == Status::ok; }
+
+template <class Fixture>
+class BackendConformance : public testing::Test {
+ protected:
+  void SetUp() override {
+    try {
+      static_cast<void>(Fixture::open(1, 1));
+    } catch (const ConfigError& error) {
+      GTEST_SKIP() << "not on this machine: " << error.what();
+    }
+  }
+};
+
+TYPED_TEST_SUITE_P(BackendConformance);
+
+TYPED_TEST_P(BackendConformance, SaysWhatItHas) {
+  const auto backend = TypeParam::open(8, 16);
+  const Capabilities capabilities = backend->capabilities();
+  EXPECT_EQ(capabilities.device_frames, 8U);
+  EXPECT_EQ(capabilities.pool_frames, 16U);
+  EXPECT_GE(capabilities.frame_stride, 64U);
+  EXPECT_GT(capabilities.copy_bytes_best, 0U);
+  EXPECT_FALSE(capabilities.pool_io.empty());
+  EXPECT_TRUE(backend->health().ok);
+  for (FrameIndex i = 1; i < 8; ++i) {
+    EXPECT_EQ(backend->address(i), backend->address(0) + i * capabilities.frame_stride);
+  }
+}
+
+TYPED_TEST_P(BackendConformance, PoolGrowsAndNeverShrinks) {
+  const auto backend = TypeParam::open(4, 16);
+  EXPECT_EQ(backend->grow_pool(2), 2U);
+  EXPECT_EQ(backend->grow_pool(1), 2U);
+  EXPECT_EQ(backend->grow_pool(0), 2U);
+  EXPECT_EQ(backend->grow_pool(9), 9U);
+  EXPECT_EQ(backend->grow_pool(1000), 16U) << "no more than the capacity";
+  EXPECT_EQ(backend->pool_refusal(), "");
+}
+
+TYPED_TEST_P(BackendConformance, SingleFramesComeBack) {
+  const auto backend = TypeParam::open(4, 16);
+  ASSERT_EQ(backend->grow_pool(16), 16U);
+  for (std::uint32_t i = 0; i < 16; ++i) {
+    fill(*backend, i % 4, i);
+    ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{i % 4, i, 1}})));
+  }
+  for (std::uint32_t i = 16; i-- > 0;) {
+    ASSERT_TRUE(is_ok(finish(*backend, to_device, {{(i + 1) % 4, i, 1}})));
+    EXPECT_TRUE(holds(*backend, (i + 1) % 4, i)) << "pool frame " << i;
+  }
+}
+
+TYPED_TEST_P(BackendConformance, RunsComeBack) {
+  const auto backend = TypeParam::open(128, 256);
+  ASSERT_EQ(backend->grow_pool(256), 256U);
+  for (std::uint32_t i = 0; i < 128; ++i) fill(*backend, i, i);
+  ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 100, 128}})));
+  for (std::uint32_t i = 0; i < 128; ++i) fill(*backend, i, 999);
+  ASSERT_TRUE(is_ok(finish(*backend, to_device, {{5, 103, 120}})));
+  for (std::uint32_t i = 0; i < 128; ++i) {
+    const bool copied = i >= 5 && i < 125;
+    EXPECT_TRUE(holds(*backend, i, copied ? i - 2 : 999)) << "device frame " << i;
+  }
+}
+
+TYPED_TEST_P(BackendConformance, OneTicketHasManyCopies) {
+  const auto backend = TypeParam::open(64, 64);
+  ASSERT_EQ(backend->grow_pool(64), 64U);
+  std::vector<Copy> out;
+  std::vector<Copy> back;
+  for (std::uint32_t i = 0; i < 64; ++i) {
+    fill(*backend, i, i);
+    out.push_back({i, 63 - i, 1});
+  }
+  for (std::uint32_t i = 0; i < 64; i += 2) back.push_back({i, i, 2});
+  ASSERT_TRUE(is_ok(finish(*backend, to_pool, out)));
+  ASSERT_TRUE(is_ok(finish(*backend, to_device, back)));
+  for (std::uint32_t i = 0; i < 64; ++i) EXPECT_TRUE(holds(*backend, i, 63 - i));
+}
+
+TYPED_TEST_P(BackendConformance, TicketWithoutCopiesEnds) {
+  const auto backend = TypeParam::open(2, 2);
+  EXPECT_TRUE(is_ok(finish(*backend, to_device, {})));
+}
+
+TYPED_TEST_P(BackendConformance, EveryTicketEndsOnce) {
+  const auto backend = TypeParam::open(200, 200);
+  ASSERT_EQ(backend->grow_pool(200), 200U);
+  std::vector<Ticket> tickets;
+  for (std::uint32_t i = 0; i < 200; ++i) {
+    if (i < 100) fill(*backend, i, i);
+    tickets.push_back(submit(*backend, i < 100 ? to_pool : to_device, {{i, i, 1}}));
+  }
+  const auto all = collect(*backend, 200);
+  EXPECT_EQ(all.size(), 200U);
+  for (const Ticket ticket : tickets) {
+    EXPECT_EQ(std::ranges::count(all, ticket, &Completion::ticket), 1);
+  }
+  for (const Completion& completion : all) {
+    EXPECT_TRUE(is_ok(completion));
+    EXPECT_LE(completion.began, completion.ended);
+    EXPECT_LE(completion.ended, backend->now());
+  }
+  std::array<Completion, 8> more;
+  EXPECT_EQ(backend->poll(more), 0U);
+}
+
+TYPED_TEST_P(BackendConformance, TicketsCountUpWithinTheirLane) {
+  const auto backend = TypeParam::open(4, 4);
+  ASSERT_EQ(backend->grow_pool(4), 4U);
+  const Ticket first = submit(*backend, to_pool, {{0, 0, 1}});
+  const Ticket second = submit(*backend, to_pool, {{1, 1, 1}});
+  const Ticket other = submit(*backend, to_device, {{2, 2, 1}});
+  EXPECT_GT(first.id, 0U);
+  EXPECT_GT(second.id, first.id);
+  EXPECT_GT(other.id, 0U);
+  EXPECT_EQ(first.lane, to_pool);
+  EXPECT_EQ(other.lane, to_device);
+  EXPECT_EQ(collect(*backend, 3).size(), 3U);
+}
+
+// One frame travels through every other frame of both tiers, each step waiting for the one before.
+TYPED_TEST_P(BackendConformance, DependentTicketsSeeWhatTheyWaitFor) {
+  constexpr std::uint32_t frames = 40;
+  const auto backend = TypeParam::open(frames, frames);
+  ASSERT_EQ(backend->grow_pool(frames), frames);
+  for (std::uint32_t i = 0; i < frames; ++i) fill(*backend, i, i);
+  std::vector<Dep> previous;
+  for (std::uint32_t i = 0; i + 1 < frames; ++i) {
+    previous = {after(submit(*backend, to_pool, {{i, i, 1}}, previous))};
+    previous = {after(submit(*backend, to_device, {{i + 1, i, 1}}, previous))};
+  }
+  EXPECT_EQ(collect(*backend, std::size_t{2} * (frames - 1)).size(), std::size_t{2} * (frames - 1));
+  EXPECT_TRUE(holds(*backend, frames - 1, 0));
+}
+
+TYPED_TEST_P(BackendConformance, OneTicketWaitsForSeveral) {
+  const auto backend = TypeParam::open(16, 16);
+  ASSERT_EQ(backend->grow_pool(16), 16U);
+  std::vector<Dep> writes;
+  for (std::uint32_t i = 0; i < 8; ++i) {
+    fill(*backend, i, i);
+    writes.push_back(after(submit(*backend, to_pool, {{i, i, 1}})));
+  }
+  submit(*backend, to_device, {{8, 0, 8}}, writes);
+  submit(*backend, to_device, {}, {{}, {backend->record({}), {}}});
+  EXPECT_EQ(collect(*backend, 10).size(), 10U);
+  for (std::uint32_t i = 0; i < 8; ++i) EXPECT_TRUE(holds(*backend, 8 + i, i));
+}
+
+TYPED_TEST_P(BackendConformance, WaitsForATicketThatWasPolledLongAgo) {
+  const auto backend = TypeParam::open(2, 2);
+  ASSERT_EQ(backend->grow_pool(2), 2U);
+  fill(*backend, 0, 7);
+  const Ticket write = submit(*backend, to_pool, {{0, 0, 1}});
+  ASSERT_EQ(collect(*backend, 1).size(), 1U);
+  backend->depend({}, write);
+  submit(*backend, to_device, {{1, 0, 1}}, {after(write)});
+  ASSERT_EQ(collect(*backend, 1).size(), 1U);
+  EXPECT_TRUE(holds(*backend, 1, 7));
+}
+
+TYPED_TEST_P(BackendConformance, RefusesFramesOutOfRange) {
+  const auto backend = TypeParam::open(4, 8);
+  ASSERT_EQ(backend->grow_pool(6), 6U);
+  for (const Lane lane : {to_device, to_pool}) {
+    EXPECT_THROW(submit(*backend, lane, {{4, 0, 1}}), LogicError);
+    EXPECT_THROW(submit(*backend, lane, {{3, 0, 2}}), LogicError);
+    EXPECT_THROW(submit(*backend, lane, {{0, 6, 1}}), LogicError) << "grown to 6 only";
+    EXPECT_THROW(submit(*backend, lane, {{0, 5, 2}}), LogicError);
+    EXPECT_THROW(submit(*backend, lane, {{no_frame, 0, 1}}), LogicError);
+    EXPECT_THROW(submit(*backend, lane, {{0, no_frame, 1}}), LogicError);
+    EXPECT_THROW(submit(*backend, lane, {{1, 1, 0xffffffff}}), LogicError) << "must not wrap";
+    EXPECT_THROW(submit(*backend, lane, {{0, 0, 1}, {4, 1, 1}}), LogicError);
+  }
+  EXPECT_THROW(static_cast<void>(backend->address(4)), LogicError);
+  backend->wait(forever);  // returns, since nothing of the above was started
+  std::array<Completion, 1> none;
+  EXPECT_EQ(backend->poll(none), 0U);
+}
+
+TYPED_TEST_P(BackendConformance, RefusesToWaitForWhatWasNeverSubmitted) {
+  const auto backend = TypeParam::open(2, 2);
+  ASSERT_EQ(backend->grow_pool(2), 2U);
+  EXPECT_THROW(submit(*backend, to_device, {{0, 0, 1}}, {after({to_device, 1})}), LogicError);
+  EXPECT_THROW(submit(*backend, to_device, {{0, 0, 1}}, {after({to_pool, 1})}), LogicError);
+  EXPECT_THROW(submit(*backend, to_device, {{0, 0, 1}}, {{Fence{12345}, {}}}), LogicError);
+  EXPECT_THROW(backend->depend({}, {to_device, 1}), LogicError);
+}
+
+TYPED_TEST_P(BackendConformance, WaitReturnsWhenNothingIsInFlight) {
+  const auto backend = TypeParam::open(2, 2);
+  backend->wait(forever);
+  ASSERT_EQ(backend->grow_pool(2), 2U);
+  ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, 2}})));
+  backend->wait(forever);
+}
+
+TYPED_TEST_P(BackendConformance, WaitReturnsWhileSomethingIsThereToPoll) {
+  const auto backend = TypeParam::open(4, 4);
+  ASSERT_EQ(backend->grow_pool(4), 4U);
+  submit(*backend, to_pool, {{0, 0, 1}});
+  submit(*backend, to_pool, {{1, 1, 1}});
+  std::array<Completion, 1> one;
+  std::size_t ended = 0;
+  while (ended < 2) {
+    backend->wait(forever);
+    ended += backend->poll(one);
+  }
+  backend->wait(0);
+  EXPECT_EQ(backend->poll(one), 0U);
+}
+
+TYPED_TEST_P(BackendConformance, PollWithoutRoomLosesNothing) {
+  const auto backend = TypeParam::open(2, 2);
+  ASSERT_EQ(backend->grow_pool(2), 2U);
+  submit(*backend, to_pool, {{0, 0, 1}});
+  backend->wait(forever);
+  EXPECT_EQ(backend->poll({}), 0U);
+  EXPECT_EQ(collect(*backend, 1).size(), 1U);
+}
+
+// One thread at a time, but not always the same: the one that submitted may be gone by then.
+TYPED_TEST_P(BackendConformance, ThreadsMayTakeTurns) {
+  const auto backend = TypeParam::open(256, 256);
+  ASSERT_EQ(backend->grow_pool(256), 256U);
+  for (std::uint32_t i = 0; i < 256; ++i) fill(*backend, i, i);
+  std::thread([&] { submit(*backend, to_pool, {{0, 0, 256}}); }).join();
+  ASSERT_EQ(collect(*backend, 1).size(), 1U);
+  for (std::uint32_t i = 0; i < 256; ++i) fill(*backend, i, 999);
+  std::thread([&] {
+    for (std::uint32_t i = 0; i < 256; ++i) submit(*backend, to_device, {{i, i, 1}});
+  }).join();
+  const auto all = collect(*backend, 256);
+  ASSERT_EQ(all.size(), 256U);
+  for (const Completion& completion : all) EXPECT_TRUE(is_ok(completion));
+  for (std::uint32_t i = 0; i < 256; ++i) EXPECT_TRUE(holds(*backend, i, i));
+}
+
+TYPED_TEST_P(BackendConformance, CanBeDestroyedWhileCopiesAreInFlight) {
+  for (int round = 0; round < 4; ++round) {
+    const auto backend = TypeParam::open(384, 512);
+    ASSERT_EQ(backend->grow_pool(512), 512U);
+    const Ticket write = submit(*backend, to_pool, {{0, 0, 128}});
+    submit(*backend, to_device, {{128, 256, 128}});
+    submit(*backend, to_device, {{256, 0, 128}}, {after(write)});
+  }
+}
+
+REGISTER_TYPED_TEST_SUITE_P(BackendConformance, SaysWhatItHas, PoolGrowsAndNeverShrinks,
+                            SingleFramesComeBack, RunsComeBack, OneTicketHasManyCopies,
+                            TicketWithoutCopiesEnds, EveryTicketEndsOnce,
+                            TicketsCountUpWithinTheirLane, DependentTicketsSeeWhatTheyWaitFor,
+                            OneTicketWaitsForSeveral, WaitsForATicketThatWasPolledLongAgo,
+                            RefusesFramesOutOfRange, RefusesToWaitForWhatWasNeverSubmitted,
+                            WaitReturnsWhenNothingIsInFlight,
+                            WaitReturnsWhileSomethingIsThereToPoll, PollWithoutRoomLosesNothing,
+                            ThreadsMayTakeTurns, CanBeDestroyedWhileCopiesAreInFlight);
+
+}  // namespace pie::conformance

@@ -1,0 +1,576 @@
+// The host backend: the conformance suite in each way of doing I/O, and what only it promises,
+// which is where its file lies and who can see it, that memory and disk are taken when needed and
+// not before, and that a full disk or a failing one is reported and never worse than that.
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <csignal>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <optional>
+#include <string>
+
+#include "conformance.hpp"
+#include "pie/backends.hpp"
+
+namespace pie {
+namespace {
+
+using namespace conformance;
+namespace fs = std::filesystem;
+
+constexpr Bytes frame_bytes = 12288;  // 3 blocks of most disks
+constexpr Bytes mib = Bytes{1} << 20;
+
+HostOptions options_for(std::uint32_t device_frames, std::uint32_t pool_frames,
+                        const std::string& pool_io = "auto", const std::string& pool_dir = "") {
+  return {.frame_bytes = frame_bytes,
+          .device_bytes = device_frames * frame_bytes,
+          .pool_bytes = pool_frames * frame_bytes,
+          .pool_dir = pool_dir,
+          .pool_io = pool_io};
+}
+
+struct DirectUring {
+  static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
+    return open_host(options_for(device_frames, pool_frames, "direct-uring"));
+  }
+};
+struct DirectThreads {
+  static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
+    return open_host(options_for(device_frames, pool_frames, "direct-threads"));
+  }
+};
+struct BufferedThreads {
+  static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
+    return open_host(options_for(device_frames, pool_frames, "buffered-threads"));
+  }
+};
+struct Memory {
+  static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
+    return open_host(options_for(device_frames, pool_frames, "auto", "tmpfs:/dev/shm"));
+  }
+};
+
+// What `open_host` says when it refuses these options with an Error.
+template <class Error>
+std::string refusal_of(const HostOptions& options) {
+  try {
+    static_cast<void>(open_host(options));
+  } catch (const Error& error) {
+    return error.what();
+  }
+  ADD_FAILURE() << "nothing was thrown";
+  return "";
+}
+
+// A directory of its own for a test, removed with it.
+class TempDir {
+ public:
+  explicit TempDir(const std::string& parent = default_pool_dir()) : path_(parent + "/pie-XXXXXX") {
+    if (::mkdtemp(path_.data()) == nullptr) throw std::runtime_error("no temporary directory");
+  }
+  TempDir(const TempDir&) = delete;
+  TempDir& operator=(const TempDir&) = delete;
+  ~TempDir() { fs::remove_all(path_); }
+  [[nodiscard]] const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+// Descriptors of this process whose link text contains `text`.
+std::vector<int> descriptors(const std::string& text) {
+  std::vector<int> found;
+  for (const auto& entry : fs::directory_iterator("/proc/self/fd")) {
+    std::error_code gone;  // the iterator's own descriptor
+    const std::string link = fs::read_symlink(entry.path(), gone).string();
+    if (!gone && link.find(text) != std::string::npos) {
+      found.push_back(std::stoi(entry.path().filename().string()));
+    }
+  }
+  return found;
+}
+
+// Threads of this process, less those that the kernel keeps for io_uring.
+std::size_t thread_count() {
+  std::size_t count = 0;
+  for (const auto& entry : fs::directory_iterator("/proc/self/task")) {
+    std::ifstream file(entry.path() / "comm");
+    std::string name;
+    std::getline(file, name);
+    if (!name.starts_with("iou-")) ++count;
+  }
+  return count;
+}
+
+// Limits the size of every file for a while; exceeding it is EFBIG, as a full disk is ENOSPC.
+class FileSizeLimit {
+ public:
+  explicit FileSizeLimit(Bytes bytes) : signal_before_(std::signal(SIGXFSZ, SIG_IGN)) {
+    ::getrlimit(RLIMIT_FSIZE, &before_);
+    const rlimit limit{bytes, before_.rlim_max};
+    ::setrlimit(RLIMIT_FSIZE, &limit);
+  }
+  FileSizeLimit(const FileSizeLimit&) = delete;
+  FileSizeLimit& operator=(const FileSizeLimit&) = delete;
+  ~FileSizeLimit() {
+    ::setrlimit(RLIMIT_FSIZE, &before_);
+    std::signal(SIGXFSZ, signal_before_);
+  }
+
+ private:
+  void (*signal_before_)(int);
+  rlimit before_{};
+};
+
+// An empty ext4 of its own in `dir`, for root; detached with the object.
+class SmallDisk {
+ public:
+  SmallDisk(const std::string& dir, Bytes bytes) : path_(dir + "/disk") {
+    const std::string image = dir + "/image";
+    std::ofstream(image).close();
+    fs::resize_file(image, bytes);
+    fs::create_directory(path_);
+    const std::string command = "(mkfs.ext4 -q -m 0 '" + image + "' && mount -o loop '" + image +
+                                "' '" + path_ + "') >/dev/null 2>&1";
+    mounted_ = std::system(command.c_str()) == 0;
+  }
+  SmallDisk(const SmallDisk&) = delete;
+  SmallDisk& operator=(const SmallDisk&) = delete;
+  ~SmallDisk() {
+    if (mounted_) ::umount2(path_.c_str(), MNT_DETACH);
+  }
+  [[nodiscard]] bool mounted() const { return mounted_; }
+  [[nodiscard]] const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+  bool mounted_ = false;
+};
+
+class EnvironmentVariable {
+ public:
+  EnvironmentVariable(std::string name, const std::string& value) : name_(std::move(name)) {
+    if (const char* before = std::getenv(name_.c_str())) before_ = before;
+    ::setenv(name_.c_str(), value.c_str(), 1);
+  }
+  EnvironmentVariable(const EnvironmentVariable&) = delete;
+  EnvironmentVariable& operator=(const EnvironmentVariable&) = delete;
+  ~EnvironmentVariable() {
+    if (before_) {
+      ::setenv(name_.c_str(), before_->c_str(), 1);
+    } else {
+      ::unsetenv(name_.c_str());
+    }
+  }
+
+ private:
+  std::string name_;
+  std::optional<std::string> before_;
+};
+
+TEST(HostDirectory, Missing) {
+  const auto refusal = refusal_of<ConfigError>(options_for(1, 1, "auto", "/no/where"));
+  EXPECT_NE(refusal.find("'/no/where'"), std::string::npos);
+  EXPECT_NE(refusal.find("No such file"), std::string::npos);
+}
+
+TEST(HostDirectory, IsAFile) {
+  const TempDir dir;
+  const std::string file = dir.path() + "/file";
+  std::ofstream(file) << "x";
+  const auto refusal = refusal_of<ConfigError>(options_for(1, 1, "auto", file));
+  EXPECT_NE(refusal.find("not a directory"), std::string::npos);
+}
+
+TEST(HostDirectory, Unwritable) {
+  if (::geteuid() == 0) {
+    // Permissions do not stop root, a file system without writable files does.
+    const auto refusal = refusal_of<ConfigError>(options_for(1, 1, "auto", "/proc"));
+    EXPECT_NE(refusal.find("'/proc'"), std::string::npos);
+    return;
+  }
+  const TempDir dir;
+  fs::permissions(dir.path(), fs::perms::owner_read | fs::perms::owner_exec);
+  const auto refusal = refusal_of<ConfigError>(options_for(1, 1, "auto", dir.path()));
+  EXPECT_NE(refusal.find("Permission denied"), std::string::npos);
+}
+
+TEST(HostDirectory, MemoryMustBeAskedFor) {
+  const auto refusal = refusal_of<ConfigError>(options_for(1, 1, "auto", "/dev/shm"));
+  EXPECT_NE(refusal.find("tmpfs"), std::string::npos);
+  EXPECT_NE(refusal.find("'tmpfs:/dev/shm'"), std::string::npos) << "says what to write instead";
+  EXPECT_EQ(Memory::open(1, 1)->capabilities().pool_io, "buffered-threads");
+  EXPECT_THROW(static_cast<void>(open_host(options_for(1, 1, "direct-uring", "tmpfs:/dev/shm"))),
+               ConfigError);
+  EXPECT_THROW(static_cast<void>(open_host(options_for(1, 1, "direct-threads", "tmpfs:/dev/shm"))),
+               ConfigError);
+}
+
+TEST(HostDirectory, DefaultIsTmpdirIfThatIsADisk) {
+  const TempDir dir;
+  {
+    const EnvironmentVariable tmpdir("TMPDIR", dir.path());
+    EXPECT_EQ(default_pool_dir(), dir.path());
+    const auto backend = open_host(options_for(1, 1));
+    EXPECT_EQ(descriptors(dir.path()).size(), 1U);
+  }
+  const EnvironmentVariable tmpdir("TMPDIR", "/dev/shm");
+  EXPECT_NE(default_pool_dir(), "/dev/shm");
+}
+
+TEST(HostDirectory, FreeBytes) {
+  EXPECT_GT(free_disk_bytes(""), 0U);
+  EXPECT_GT(free_disk_bytes("tmpfs:/dev/shm"), 0U);
+  EXPECT_THROW(static_cast<void>(free_disk_bytes("/no/where")), ConfigError);
+}
+
+TEST(HostOptions, RefusesWhatCannotWork) {
+  auto no_frame_bytes = options_for(1, 1);
+  no_frame_bytes.frame_bytes = 0;
+  EXPECT_THROW(static_cast<void>(open_host(no_frame_bytes)), ConfigError);
+  EXPECT_THROW(static_cast<void>(open_host(options_for(0, 1))), ConfigError);
+  auto small_pool = options_for(1, 1);
+  small_pool.pool_bytes = frame_bytes - 1;
+  EXPECT_THROW(static_cast<void>(open_host(small_pool)), ConfigError);
+  EXPECT_THROW(static_cast<void>(open_host(options_for(1, 1, "telepathy"))), ConfigError);
+}
+
+TEST(HostOptions, ArenaBeyondAllMemoryIsACapacityError) {
+  auto options = options_for(1, 0);
+  options.frame_bytes = options.device_bytes = Bytes{1} << 50U;
+  const auto refusal = refusal_of<CapacityError>(options);
+  EXPECT_NE(refusal.find("device tier"), std::string::npos);
+}
+
+TEST(HostOptions, StrideIsWhatDirectIoNeeds) {
+  auto options = options_for(4, 4);
+  options.frame_bytes = 1000;
+  const auto backend = open_host(options);
+  const Bytes stride = backend->capabilities().frame_stride;
+  EXPECT_EQ(stride, host_frame_stride(1000, ""));
+  EXPECT_GE(stride, 1000U);
+  EXPECT_EQ(backend->capabilities().device_frames, options.device_bytes / stride);
+  EXPECT_EQ(backend->capabilities().pool_frames, options.pool_bytes / stride);
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(backend->address(0)) % (2 * mib), 0U);
+  options.pool_io = "buffered-threads";
+  EXPECT_EQ(open_host(options)->capabilities().frame_stride, 1024U);
+}
+
+TEST(HostOptions, AutoTakesTheFirstThatWorks) {
+  const std::string taken = open_host(options_for(1, 1))->capabilities().pool_io;
+  for (const std::string better : {"direct-uring", "direct-threads"}) {
+    if (better == taken) break;
+    EXPECT_THROW(static_cast<void>(open_host(options_for(1, 1, better))), ConfigError);
+  }
+  EXPECT_EQ(open_host(options_for(1, 1, taken))->capabilities().pool_io, taken);
+}
+
+TEST(HostWithoutPool, HasNoFileNoRingNoThread) {
+  const auto files = descriptors("");
+  const auto threads = thread_count();
+  const auto backend = open_host(options_for(4, 0));
+  EXPECT_EQ(descriptors("").size(), files.size());
+  EXPECT_EQ(thread_count(), threads);
+  EXPECT_EQ(backend->capabilities().pool_frames, 0U);
+  EXPECT_EQ(backend->capabilities().pool_io, "none");
+  EXPECT_EQ(backend->grow_pool(5), 0U);
+  EXPECT_FALSE(backend->pool_refusal().empty());
+  EXPECT_THROW(submit(*backend, to_pool, {{0, 0, 1}}), LogicError);
+  backend->wait(forever);
+  EXPECT_EQ(backend->poll({}), 0U);
+  EXPECT_TRUE(backend->health().ok);
+}
+
+TEST(HostMemory, ArenaTakesNoPageBeforeItIsUsed) {
+  auto options = options_for(1, 4096);
+  options.device_bytes = 256 * mib;
+  const auto backend = open_host(options);
+  ASSERT_EQ(backend->grow_pool(4096), 4096U);
+  const auto resident_pages = [&] {
+    const auto page = static_cast<Bytes>(::sysconf(_SC_PAGESIZE));
+    std::vector<unsigned char> pages(options.device_bytes / page);
+    if (::mincore(backend->address(0), options.device_bytes, pages.data()) != 0) pages.clear();
+    EXPECT_FALSE(pages.empty());
+    return static_cast<Bytes>(std::ranges::count_if(pages, [](auto p) { return (p & 1) != 0; })) *
+           page;
+  };
+  EXPECT_EQ(resident_pages(), 0U);
+  ASSERT_TRUE(is_ok(finish(*backend, to_device, {{0, 0, 1}})));
+  EXPECT_GT(resident_pages(), 0U);
+  EXPECT_LE(resident_pages(), 2 * mib) << "one huge page";
+}
+
+TEST(HostMemory, ArenaIsUnmappedWithTheBackend) {
+  unsigned char page = 0;
+  std::byte* address = nullptr;
+  {
+    const auto backend = open_host(options_for(1, 0));
+    address = backend->address(0);
+    ASSERT_EQ(::mincore(address, 1, &page), 0);
+  }
+  EXPECT_EQ(::mincore(address, 1, &page), -1);
+  EXPECT_EQ(errno, ENOMEM) << "not mapped";
+}
+
+TEST(HostMemory, FramesNeverWrittenAreZero) {
+  const auto backend = open_host(options_for(2, 2));
+  ASSERT_EQ(backend->grow_pool(2), 2U);
+  fill(*backend, 1, 3);
+  ASSERT_TRUE(is_ok(finish(*backend, to_device, {{1, 1, 1}})));
+  EXPECT_TRUE(std::all_of(backend->address(1), backend->address(1) + frame_bytes,
+                          [](std::byte b) { return b == std::byte{0}; }));
+}
+
+// What follows runs in each way of doing I/O.
+class HostPool : public testing::TestWithParam<std::string> {
+ protected:
+  void SetUp() override {
+    try {
+      static_cast<void>(open(1, 1));
+    } catch (const ConfigError& error) {
+      GTEST_SKIP() << "not on this machine: " << error.what();
+    }
+  }
+  // The pool file is the only open file in the test's directory.
+  std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) const {
+    return open_host(options_for(device_frames, pool_frames, GetParam(), dir_.path()));
+  }
+  [[nodiscard]] int file() const {
+    const auto found = descriptors(dir_.path());
+    EXPECT_EQ(found.size(), 1U);
+    return found.empty() ? -1 : found[0];
+  }
+  [[nodiscard]] struct stat file_status() const {
+    struct stat status{};
+    EXPECT_EQ(::fstat(file(), &status), 0);
+    return status;
+  }
+
+  const TempDir dir_;
+};
+
+TEST_P(HostPool, FileIsNamelessPrivateAndNotInherited) {
+  const auto backend = open(1, 1);
+  EXPECT_EQ(backend->capabilities().pool_io, GetParam());
+  EXPECT_EQ(file_status().st_nlink, 0U);
+  EXPECT_EQ(file_status().st_mode & 07777U, 0600U);
+  EXPECT_NE(::fcntl(file(), F_GETFD) & FD_CLOEXEC, 0);
+  EXPECT_EQ((::fcntl(file(), F_GETFL) & O_DIRECT) != 0, GetParam().starts_with("direct"));
+  EXPECT_TRUE(fs::is_empty(dir_.path()));
+}
+
+TEST_P(HostPool, FileIsClosedWithTheBackend) {
+  {
+    const auto backend = open(1, 1);
+  }
+  EXPECT_TRUE(descriptors(dir_.path()).empty());
+}
+
+TEST_P(HostPool, ThreadsAreStartedByTheFirstCopyIfAtAll) {
+  const auto before = thread_count();
+  const auto backend = open(1, 1);
+  ASSERT_EQ(backend->grow_pool(1), 1U);
+  EXPECT_EQ(thread_count(), before);
+  ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, 1}})));
+  EXPECT_EQ(thread_count(), before + (GetParam() == "direct-uring" ? 0 : 4));
+}
+
+TEST_P(HostPool, SpaceIsTakenInChunksBeforeUse) {
+  const std::uint32_t frames = 20000;  // 234 MiB
+  const auto backend = open(1, frames);
+  EXPECT_EQ(file_status().st_blocks, 0);
+  ASSERT_EQ(backend->grow_pool(1), 1U);
+  EXPECT_EQ(static_cast<Bytes>(file_status().st_size), 64 * mib);
+  EXPECT_GE(static_cast<Bytes>(file_status().st_blocks) * 512, 64 * mib);
+  ASSERT_EQ(backend->grow_pool(frames), frames);
+  EXPECT_EQ(static_cast<Bytes>(file_status().st_size), frames * frame_bytes);
+  EXPECT_GE(static_cast<Bytes>(file_status().st_blocks) * 512, frames * frame_bytes);
+}
+
+TEST_P(HostPool, FullDiskRefusesGrowthAndKeepsWhatThereIs) {
+  const auto backend = open(1, 20000);
+  fill(*backend, 0, 1);
+  ASSERT_EQ(backend->grow_pool(10), 10U);
+  ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 9, 1}})));
+  {
+    const FileSizeLimit full(100 * mib);
+    const std::uint32_t fits = 8000;  // 94 MiB: more than the chunk there is, less than two
+    EXPECT_EQ(backend->grow_pool(fits), fits)
+        << "where a chunk is too much, what was asked will do";
+    EXPECT_EQ(backend->pool_refusal(), "");
+    EXPECT_EQ(backend->grow_pool(20000), fits);
+    EXPECT_NE(backend->pool_refusal().find(dir_.path()), std::string::npos);
+    EXPECT_NE(backend->pool_refusal().find("File too large"), std::string::npos);
+  }
+  EXPECT_EQ(static_cast<Bytes>(file_status().st_size), 8000 * frame_bytes);
+  ASSERT_TRUE(is_ok(finish(*backend, to_device, {{0, 9, 1}})));
+  EXPECT_TRUE(holds(*backend, 0, 1));
+  EXPECT_EQ(backend->grow_pool(20000), 20000U) << "and asks again";
+  EXPECT_EQ(backend->pool_refusal(), "");
+}
+
+// A refused growth gives back what the file system had taken on the way to finding out.
+TEST_P(HostPool, DiskThatIsReallyFullIsLeftAsItWas) {
+  const TempDir parent;
+  const SmallDisk disk(parent.path(), 96 * mib);
+  if (!disk.mounted()) GTEST_SKIP() << "only root, with loop devices, can mount a small disk";
+  const Bytes free_before = free_disk_bytes(disk.path());
+  const auto backend = open_host(options_for(2, 20000, GetParam(), disk.path()));
+  EXPECT_EQ(backend->grow_pool(10), 10U);
+  EXPECT_EQ(backend->grow_pool(20000), 64 * mib / frame_bytes);
+  EXPECT_NE(backend->pool_refusal().find("No space left"), std::string::npos);
+  EXPECT_GE(free_disk_bytes(disk.path()), free_before - 65 * mib) << "all but the first chunk";
+  fill(*backend, 0, 5);
+  ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 9, 1}})));
+  ASSERT_TRUE(is_ok(finish(*backend, to_device, {{1, 9, 1}})));
+  EXPECT_TRUE(holds(*backend, 1, 5));
+}
+
+// The file ends at frame `broken`: reads before it work, reads of it fail.
+TEST_P(HostPool, ReadsFailFromTheBrokenFrameOn) {
+  constexpr std::uint32_t frames = 12;
+  for (std::uint32_t broken = 0; broken < frames; ++broken) {
+    const auto backend = open(frames, frames);
+    ASSERT_EQ(backend->grow_pool(frames), frames);
+    for (std::uint32_t i = 0; i < frames; ++i) fill(*backend, i, i);
+    ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, frames}})));
+    for (std::uint32_t i = 0; i < frames; ++i) fill(*backend, i, 99);
+    ASSERT_EQ(::ftruncate(file(), static_cast<off_t>(broken * frame_bytes)), 0);
+
+    for (std::uint32_t i = 0; i < frames; ++i) submit(*backend, to_device, {{i, i, 1}});
+    for (const Completion& completion : collect(*backend, frames)) {
+      const auto frame = static_cast<std::uint32_t>(completion.ticket.id) - 1;
+      EXPECT_EQ(is_ok(completion), frame < broken);
+      EXPECT_EQ(completion.error, frame < broken ? 0 : EIO);
+      EXPECT_EQ(holds(*backend, frame, frame), frame < broken);
+    }
+    EXPECT_TRUE(backend->health().ok) << "a failed copy is not a lost device";
+  }
+}
+
+// A transfer that crosses the end of the file is short: what is there arrives, then it is an error.
+TEST_P(HostPool, RunAcrossTheEndOfTheFileFailsAsAWhole) {
+  constexpr std::uint32_t frames = 400;  // 4.7 MiB, several segments
+  const auto backend = open(frames, frames);
+  ASSERT_EQ(backend->grow_pool(frames), frames);
+  for (std::uint32_t i = 0; i < frames; ++i) fill(*backend, i, i);
+  ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, frames}})));
+  for (std::uint32_t i = 0; i < frames; ++i) fill(*backend, i, 999);
+  ASSERT_EQ(::ftruncate(file(), static_cast<off_t>(399 * frame_bytes + 5000)), 0);
+  const Completion completion = finish(*backend, to_device, {{0, 0, frames}});
+  EXPECT_EQ(completion.status, Status::failed);
+  EXPECT_EQ(completion.error, EIO);
+  EXPECT_TRUE(holds(*backend, 398, 398));
+  EXPECT_TRUE(is_ok(finish(*backend, to_device, {{0, 0, 399}}))) << "later copies are unharmed";
+}
+
+// Writes stop at a size limit, some of them in their middle. What waits for them fails likewise.
+TEST_P(HostPool, WritesFailFromTheLimitOnAndSoDoTheirDependents) {
+  constexpr std::uint32_t frames = 12;
+  for (std::uint32_t broken = 0; broken < frames; ++broken) {
+    const auto backend = open(2 * frames, frames);
+    ASSERT_EQ(backend->grow_pool(frames), frames);
+    for (std::uint32_t i = 0; i < frames; ++i) fill(*backend, i, i);
+    const FileSizeLimit full(broken * frame_bytes + 4096);
+    for (std::uint32_t i = 0; i < frames; ++i) {
+      const Ticket write = submit(*backend, to_pool, {{i, i, 1}});
+      submit(*backend, to_device, {{frames + i, i, 1}}, {after(write)});
+    }
+    for (const Completion& completion : collect(*backend, std::size_t{2} * frames)) {
+      const auto frame = static_cast<std::uint32_t>(completion.ticket.id) - 1;
+      EXPECT_EQ(is_ok(completion), frame < broken);
+      EXPECT_EQ(completion.error, frame < broken ? 0 : EFBIG);
+      EXPECT_EQ(holds(*backend, frames + frame, frame), frame < broken);
+    }
+  }
+}
+
+// A failure is inherited along a chain, also by tickets that are submitted long after it was
+// polled.
+TEST_P(HostPool, FailureIsInheritedAlongAChain) {
+  const auto backend = open(8, 8);
+  ASSERT_EQ(backend->grow_pool(8), 8U);
+  ASSERT_EQ(::ftruncate(file(), 0), 0);
+  Ticket last = submit(*backend, to_device, {{0, 0, 1}});
+  for (std::uint32_t i = 1; i < 4; ++i) {
+    last = submit(*backend, to_pool, {{i, i, 1}}, {after(last)});
+    last = submit(*backend, to_device, {{i, i, 1}}, {after(last)});
+  }
+  const auto all = collect(*backend, 7);
+  ASSERT_EQ(all.size(), 7U);
+  for (const Completion& completion : all) EXPECT_EQ(completion.error, EIO);
+  EXPECT_EQ(file_status().st_size, 0) << "no write was started";
+  submit(*backend, to_pool, {{5, 5, 1}}, {after(last)});
+  const auto late = collect(*backend, 1);
+  ASSERT_EQ(late.size(), 1U);
+  EXPECT_EQ(late[0].error, EIO);
+}
+
+// Twelve segments, two at a time: the two calls made here cannot have seen the last of them end.
+TEST_P(HostPool, DependOnATicketInFlightIsRefused) {
+  const auto backend = open(1000, 1000);
+  ASSERT_EQ(backend->grow_pool(1000), 1000U);
+  const Ticket write = submit(*backend, to_pool, {{0, 0, 1000}});
+  EXPECT_THROW(backend->depend({}, write), LogicError);
+  ASSERT_EQ(collect(*backend, 1).size(), 1U);
+  backend->depend({}, write);
+}
+
+// The held ticket comes first in its lane and starts last: once the long write has ended.
+TEST_P(HostPool, HeldTicketDoesNotHoldUpThoseBehindIt) {
+  const auto backend = open(1002, 1002);
+  ASSERT_EQ(backend->grow_pool(1002), 1002U);
+  const Ticket write = submit(*backend, to_pool, {{0, 0, 1000}});
+  const Ticket held = submit(*backend, to_device, {{1000, 0, 1}}, {after(write)});
+  const Ticket free = submit(*backend, to_device, {{1001, 1001, 1}});
+  const auto all = collect(*backend, 3);
+  ASSERT_EQ(all.size(), 3U);
+  EXPECT_LT(find(all, free)->began, find(all, held)->began);
+  EXPECT_GE(find(all, held)->began, find(all, write)->ended);
+}
+
+INSTANTIATE_TEST_SUITE_P(Io, HostPool,
+                         testing::Values("direct-uring", "direct-threads", "buffered-threads"),
+                         [](const auto& test) {
+                           std::string name = test.param;
+                           std::erase(name, '-');
+                           return name;
+                         });
+
+// The ring is taken away while copies are in flight: everything ends as failed, once, and stays so.
+TEST(HostRing, LossFailsEverythingAndIsReported) {
+  const auto backend = open_host(options_for(256, 256));
+  if (backend->capabilities().pool_io != "direct-uring") GTEST_SKIP() << "no io_uring here";
+  ASSERT_EQ(backend->grow_pool(256), 256U);
+  const auto rings = descriptors("io_uring");
+  ASSERT_EQ(rings.size(), 1U);
+  submit(*backend, to_pool, {{0, 0, 1}});
+  const int null = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
+  ASSERT_GE(::dup2(null, rings[0]), 0);
+  ::close(null);
+  const Ticket read = submit(*backend, to_device, {{1, 1, 200}});
+  const auto all = collect(*backend, 2);
+  ASSERT_EQ(all.size(), 2U);
+  ASSERT_NE(find(all, read), nullptr);
+  EXPECT_EQ(find(all, read)->status, Status::failed);
+  EXPECT_NE(find(all, read)->error, 0);
+  EXPECT_FALSE(backend->health().ok);
+  EXPECT_NE(backend->health().first_error.find("direct-uring"), std::string::npos);
+  EXPECT_EQ(finish(*backend, to_pool, {{0, 0, 1}}).status, Status::failed);
+}
+
+INSTANTIATE_TYPED_TEST_SUITE_P(HostDirectUring, BackendConformance, DirectUring);
+INSTANTIATE_TYPED_TEST_SUITE_P(HostDirectThreads, BackendConformance, DirectThreads);
+INSTANTIATE_TYPED_TEST_SUITE_P(HostBufferedThreads, BackendConformance, BufferedThreads);
+INSTANTIATE_TYPED_TEST_SUITE_P(HostMemory, BackendConformance, Memory);
+
+}  // namespace
+}  // namespace pie
