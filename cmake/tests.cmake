@@ -1,0 +1,31 @@
+# The C++ tests: one executable per tests/cpp/test_*.cpp, each of its cases a test of ctest.
+find_package(GTest QUIET)
+if(NOT GTest_FOUND)
+  message(FATAL_ERROR "The C++ tests need GoogleTest, which was not found. "
+                      "Install it (Debian: apt-get install libgtest-dev) or set PIE_TESTS=OFF.")
+endif()
+include(GoogleTest)
+
+function(pie_test name)
+  add_executable(test_${name} tests/cpp/test_${name}.cpp)
+  target_include_directories(test_${name} PRIVATE cpp/src tests/cpp)
+  target_link_libraries(test_${name} PRIVATE pie::pie GTest::gtest_main Threads::Threads)
+  pie_warnings(test_${name})
+  # The time-out is a guard against a hang, far above what a case takes under a sanitizer.
+  gtest_discover_tests(test_${name} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600)
+endfunction()
+
+pie_test(attention)
+pie_test(cache)
+pie_test(frame_pool)
+pie_test(host)
+pie_test(parallel)
+pie_test(policy)
+pie_test(scheduler)
+
+# A function compiled for AVX-512 but shared with the rest of the library (a weak symbol) would end
+# the process on a lesser CPU. Optimised builds alone inline what has to be.
+if(CMAKE_BUILD_TYPE STREQUAL "Release")
+  add_test(NAME kernels_share_no_code COMMAND sh -c "! nm -C --defined-only \"$@\" | grep -E ' [WVu] '"
+    sh $<FILTER:$<TARGET_OBJECTS:pie>,INCLUDE,/avx> COMMAND_EXPAND_LISTS)
+endif()

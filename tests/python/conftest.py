@@ -1,0 +1,25 @@
+"""Fixtures shared by the Python tests: the repository's root and the weights of the demo."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WEIGHTS = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def weights() -> Path:
+    """Path of SmolLM2-135M-Instruct; skips where it was not fetched, but never in CI."""
+    if not WEIGHTS.exists():
+        reason = "the weights are not there: run `python examples/fetch_weights.py`"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return WEIGHTS
