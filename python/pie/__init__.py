@@ -1,0 +1,36 @@
+"""Pie: language models whose running requests hold more KV cache than device memory.
+
+Importing this package imports no torch, starts no thread and touches no device; the names that
+need torch are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pie._core import CapacityError, ConfigError, IoError, LogicError
+
+if TYPE_CHECKING:
+    from pie import hf
+    from pie.cache import Stats, TieredKVCache
+
+__all__ = [
+    "CapacityError",
+    "ConfigError",
+    "IoError",
+    "LogicError",
+    "Stats",
+    "TieredKVCache",
+    "hf",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Stats", "TieredKVCache"):
+        return getattr(importlib.import_module("pie.cache"), name)
+    if name == "hf":
+        return importlib.import_module("pie.hf")
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("pie-core")
+    raise AttributeError(f"module 'pie' has no attribute {name!r}")

@@ -1,0 +1,274 @@
+// Python bindings of the C++ facade: numbers and pointers in, arrays and exceptions out. No logic.
+//
+// Tensors come in as addresses and strides, so torch is never included. Every call gives up the
+// interpreter lock, and refuses a second thread inside the same cache.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "pie/attention.hpp"
+#include "pie/backends.hpp"
+#include "pie/cache.hpp"
+#include "pie/error.hpp"
+#include "pie/parallel.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using Batch = std::vector<std::pair<std::uint64_t, std::uint32_t>>;
+
+pie::DType dtype_from(const std::string& name) {
+  if (name == "f32") return pie::DType::f32;
+  if (name == "bf16") return pie::DType::bf16;
+  if (name == "f16") return pie::DType::f16;
+  throw pie::ConfigError("dtype '" + name + "' is unknown: use f32, bf16 or f16.");
+}
+
+nb::dlpack::dtype dlpack_dtype(pie::DType dtype) {
+  const auto code =
+      dtype == pie::DType::bf16 ? nb::dlpack::dtype_code::Bfloat : nb::dlpack::dtype_code::Float;
+  return {static_cast<std::uint8_t>(code), static_cast<std::uint8_t>(8 * pie::dtype_bytes(dtype)),
+          1};
+}
+
+pie::Rows rows_at(std::uintptr_t data, std::int64_t row_stride, std::int64_t head_stride) {
+  return {reinterpret_cast<const void*>(data), row_stride, head_stride};
+}
+
+nb::dict to_dict(const pie::Stats& stats) {
+  nb::dict dict;
+  dict["device_bytes"] = stats.device_bytes;
+  dict["device_bytes_used"] = stats.device_bytes_used;
+  dict["device_bytes_peak"] = stats.device_bytes_peak;
+  dict["pool_bytes"] = stats.pool_bytes;
+  dict["pool_bytes_used"] = stats.pool_bytes_used;
+  dict["pool_bytes_peak"] = stats.pool_bytes_peak;
+  dict["kv_bytes"] = stats.kv_bytes;
+  dict["streamed_bytes"] = stats.streamed_bytes;
+  dict["written_bytes"] = stats.written_bytes;
+  dict["steps"] = stats.steps;
+  dict["decode_steps"] = stats.decode_steps;
+  dict["decode_tokens"] = stats.decode_tokens;
+  dict["decode_ns"] = stats.decode_ns;
+  dict["decode_stall_ns"] = stats.decode_stall_ns;
+  dict["stall_ns"] = stats.stall_ns;
+  dict["stall_fraction"] = stats.stall_fraction;
+  dict["decode_tokens_per_s"] = stats.decode_tokens_per_s;
+  dict["retries"] = stats.retries;
+  dict["sequences"] = stats.sequences;
+  dict["block_tokens"] = stats.block_tokens;
+  dict["resident_frames"] = stats.resident_frames;
+  dict["ring_frames"] = stats.ring_frames;
+  dict["policy"] = stats.policy;
+  dict["pool_io"] = stats.pool_io;
+  dict["attention_isa"] = stats.attention_isa;
+  return dict;
+}
+
+// Marks the cache as entered for as long as it lives.
+class Entry {
+ public:
+  explicit Entry(std::atomic<bool>& busy) : busy_(busy) {
+    if (busy_.exchange(true)) {
+      throw pie::LogicError(
+          "A second thread called this cache while a call of another was running: one cache serves "
+          "one thread at a time, so hold a lock around it or give each thread its own cache.");
+    }
+  }
+  Entry(const Entry&) = delete;
+  Entry& operator=(const Entry&) = delete;
+  ~Entry() { busy_.store(false); }
+
+ private:
+  std::atomic<bool>& busy_;
+};
+
+// What a TieredKVCache holds. Views given out by `gather` share ownership of the C++ cache, so that
+// closing it while one lives gives the memory back only when the last of them is gone.
+class Cache {
+ public:
+  explicit Cache(const pie::CacheOptions& options)
+      : dtype_(options.geometry.dtype),
+        kv_heads_(options.geometry.kv_heads),
+        head_dim_(options.geometry.head_dim),
+        cache_(std::make_shared<pie::TieredCache>(options)) {}
+
+  // Calls `call` with the C++ cache, without the interpreter lock.
+  template <typename Call>
+  auto enter(Call&& call) {
+    const nb::gil_scoped_release unlocked;
+    const Entry entry(busy_);
+    if (!cache_) throw pie::LogicError("This cache is closed: make a new one.");
+    return std::forward<Call>(call)(*cache_);
+  }
+
+  nb::tuple gather(std::uint32_t layer, const pie::LayerInputs& inputs) {
+    auto held = std::make_unique<std::shared_ptr<pie::TieredCache>>();
+    const pie::Gathered got = enter([&](auto& cache) {
+      *held = cache_;
+      return cache.gather(layer, inputs);
+    });
+    const nb::capsule owner(held.release(), [](void* last) noexcept {
+      delete static_cast<std::shared_ptr<pie::TieredCache>*>(last);
+    });
+    const std::size_t shape[] = {got.batch, kv_heads_, got.longest, head_dim_};
+    const auto view = [&](void* data) {
+      return nb::cast(nb::ndarray<>(data, 4, shape, owner, nullptr, dlpack_dtype(dtype_),
+                                    nb::device::cpu::value));
+    };
+    return nb::make_tuple(view(got.k), view(got.v));
+  }
+
+  void close() {
+    const nb::gil_scoped_release unlocked;
+    const Entry entry(busy_);
+    if (!cache_) return;
+    const std::shared_ptr<pie::TieredCache> last = std::move(cache_);
+    if (last.use_count() == 1) last->close();
+  }
+
+  [[nodiscard]] bool closed() const { return cache_ == nullptr; }
+
+ private:
+  pie::DType dtype_;
+  std::size_t kv_heads_;
+  std::size_t head_dim_;
+  std::shared_ptr<pie::TieredCache> cache_;
+  std::atomic<bool> busy_ = false;
+};
+
+void construct(Cache* self, std::uint32_t layers, std::uint32_t kv_heads, std::uint32_t head_dim,
+               std::uint32_t block_tokens, const std::string& dtype, std::uint64_t device_bytes,
+               std::uint64_t pool_bytes, const std::string& pool_dir, const std::string& policy) {
+  pie::CacheOptions options;
+  options.geometry = {layers, kv_heads, head_dim, block_tokens, dtype_from(dtype)};
+  options.device_bytes = device_bytes;
+  options.pool_bytes = pool_bytes;
+  options.pool_dir = pool_dir;
+  options.policy = policy;
+  new (self) Cache(options);
+}
+
+void begin(Cache& self, const Batch& batch, bool gather) {
+  std::vector<pie::StepEntry> entries;
+  entries.reserve(batch.size());
+  for (const auto& [sequence, new_tokens] : batch) entries.push_back({sequence, new_tokens});
+  const pie::Reader reader = gather ? pie::Reader::gather : pie::Reader::attend;
+  self.enter([&](auto& cache) { cache.begin(entries, reader); });
+}
+
+void bind_exceptions(nb::module_& module) {
+  nb::exception<pie::LogicError>(module, "LogicError", PyExc_RuntimeError);
+  nb::exception<pie::ConfigError>(module, "ConfigError", PyExc_ValueError);
+  nb::exception<pie::CapacityError>(module, "CapacityError", PyExc_MemoryError);
+  nb::exception<pie::IoError>(module, "IoError", PyExc_OSError);
+}
+
+void bind_functions(nb::module_& module) {
+  module.def("default_pool_dir", &pie::default_pool_dir,
+             "Directory in which the pool's file is made when none is named.");
+  module.def("free_disk_bytes", &pie::free_disk_bytes, "directory"_a,
+             "Free bytes in the file system of a directory.");
+  module.def("attention_isa", &pie::attention_isa, "Instruction set that attention was built for.");
+  module.def("use_openmp", &pie::use_openmp, "library"_a, "threads"_a,
+             "Runs loops on the OpenMP team of a library that this process has loaded.");
+}
+
+// The three matrices are (address, row stride, head stride), strides in elements.
+void bind_step(nb::class_<Cache>& cache) {
+  cache
+      .def("begin", &begin, "batch"_a, "gather"_a, "Opens a step over (sequence, new tokens).")
+      .def(
+          "attend",
+          [](Cache& self, std::uint32_t layer, std::uintptr_t k, std::int64_t k_row,
+             std::int64_t k_head, std::uintptr_t v, std::int64_t v_row, std::int64_t v_head,
+             std::uintptr_t q, std::int64_t q_row, std::int64_t q_head, std::uintptr_t out,
+             std::int64_t out_row, std::int64_t out_head, std::uint32_t query_heads, float scale,
+             std::uintptr_t lse) {
+            self.enter([&](auto& tiered) {
+              tiered.attend(layer, {rows_at(k, k_row, k_head), rows_at(v, v_row, v_head)},
+                            rows_at(q, q_row, q_head),
+                            {reinterpret_cast<void*>(out), out_row, out_head}, query_heads, scale,
+                            reinterpret_cast<float*>(lse));
+            });
+          },
+          "layer"_a, "k"_a, "k_row"_a, "k_head"_a, "v"_a, "v_row"_a, "v_head"_a, "q"_a, "q_row"_a,
+          "q_head"_a, "out"_a, "out_row"_a, "out_head"_a, "query_heads"_a, "scale"_a, "lse"_a,
+          "Appends one layer's K and V and attends; addresses and strides in elements.")
+      .def(
+          "gather",
+          [](Cache& self, std::uint32_t layer, std::uintptr_t k, std::int64_t k_row,
+             std::int64_t k_head, std::uintptr_t v, std::int64_t v_row, std::int64_t v_head) {
+            return self.gather(layer, {rows_at(k, k_row, k_head), rows_at(v, v_row, v_head)});
+          },
+          "layer"_a, "k"_a, "k_row"_a, "k_head"_a, "v"_a, "v_row"_a, "v_head"_a,
+          nb::sig("def gather(self, layer: int, k: int, k_row: int, k_head: int, v: int, v_row: "
+                  "int, v_head: int) -> tuple[typing.Any, typing.Any]"),
+          "Appends one layer's K and V and returns all of them, as arrays that DLPack can take.")
+      .def("finish", [](Cache& self) { self.enter([](auto& tiered) { tiered.finish(); }); },
+           "Ends the step: lengths advance.")
+      .def("abort", [](Cache& self) { self.enter([](auto& tiered) { tiered.abort(); }); },
+           "Takes the step's appends back.")
+      .def("in_step",
+           [](Cache& self) {
+             return self.enter([](auto& tiered) { return tiered.in_step(); });
+           },
+           "Whether a step is open.");
+}
+
+void bind_cache(nb::module_& module) {
+  nb::class_<Cache> cache(module, "Cache", "Native side of pie.TieredKVCache.");
+  cache
+      .def("__init__", &construct, "layers"_a, "kv_heads"_a, "head_dim"_a, "block_tokens"_a,
+           "dtype"_a, "device_bytes"_a, "pool_bytes"_a, "pool_dir"_a, "policy"_a,
+           nb::call_guard<nb::gil_scoped_release>())
+      .def("add",
+           [](Cache& self) { return self.enter([](auto& tiered) { return tiered.add(); }); },
+           "Makes an empty sequence.")
+      .def("truncate",
+           [](Cache& self, std::uint64_t sequence, std::uint32_t tokens) {
+             self.enter([&](auto& tiered) { tiered.truncate(sequence, tokens); });
+           },
+           "sequence"_a, "tokens"_a, "Keeps the first tokens of a sequence.")
+      .def("free",
+           [](Cache& self, std::uint64_t sequence) {
+             self.enter([&](auto& tiered) { tiered.free(sequence); });
+           },
+           "sequence"_a, "Forgets a sequence.")
+      .def("length",
+           [](Cache& self, std::uint64_t sequence) {
+             return self.enter([&](auto& tiered) { return tiered.length(sequence); });
+           },
+           "sequence"_a, "Tokens that a sequence holds.")
+      .def("stats",
+           [](Cache& self) {
+             return to_dict(self.enter([](auto& tiered) { return tiered.stats(); }));
+           },
+           nb::sig("def stats(self) -> dict[str, int | float | str]"), "Counters and gauges.")
+      .def("check", [](Cache& self) { self.enter([](auto& tiered) { tiered.check(); }); },
+           "Raises LogicError naming the first invariant that does not hold.")
+      .def("close", &Cache::close, "Gives all memory back.")
+      .def("closed", &Cache::closed, "Whether close() was called.");
+  bind_step(cache);
+}
+
+}  // namespace
+
+NB_MODULE(_core, module) {
+  module.doc() = "Native core of Pie.";
+  bind_exceptions(module);
+  bind_functions(module);
+  bind_cache(module);
+}

@@ -1,0 +1,82 @@
+"""Native core of Pie."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class LogicError(RuntimeError):
+    pass
+
+class ConfigError(ValueError):
+    pass
+
+class CapacityError(MemoryError):
+    pass
+
+class IoError(OSError):
+    pass
+
+def default_pool_dir() -> str:
+    """Directory in which the pool's file is made when none is named."""
+
+def free_disk_bytes(directory: str) -> int:
+    """Free bytes in the file system of a directory."""
+
+def attention_isa() -> str:
+    """Instruction set that attention was built for."""
+
+def use_openmp(library: str, threads: int) -> bool:
+    """
+    Runs loops on the OpenMP team of a library that this process has loaded.
+    """
+
+class Cache:
+    """Native side of pie.TieredKVCache."""
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, block_tokens: int, dtype: str, device_bytes: int, pool_bytes: int, pool_dir: str, policy: str) -> None: ...
+
+    def add(self) -> int:
+        """Makes an empty sequence."""
+
+    def truncate(self, sequence: int, tokens: int) -> None:
+        """Keeps the first tokens of a sequence."""
+
+    def free(self, sequence: int) -> None:
+        """Forgets a sequence."""
+
+    def length(self, sequence: int) -> int:
+        """Tokens that a sequence holds."""
+
+    def stats(self) -> dict[str, int | float | str]:
+        """Counters and gauges."""
+
+    def check(self) -> None:
+        """Raises LogicError naming the first invariant that does not hold."""
+
+    def close(self) -> None:
+        """Gives all memory back."""
+
+    def closed(self) -> bool:
+        """Whether close() was called."""
+
+    def begin(self, batch: Sequence[tuple[int, int]], gather: bool) -> None:
+        """Opens a step over (sequence, new tokens)."""
+
+    def attend(self, layer: int, k: int, k_row: int, k_head: int, v: int, v_row: int, v_head: int, q: int, q_row: int, q_head: int, out: int, out_row: int, out_head: int, query_heads: int, scale: float, lse: int) -> None:
+        """
+        Appends one layer's K and V and attends; addresses and strides in elements.
+        """
+
+    def gather(self, layer: int, k: int, k_row: int, k_head: int, v: int, v_row: int, v_head: int) -> tuple[Any, Any]:
+        """
+        Appends one layer's K and V and returns all of them, as arrays that DLPack can take.
+        """
+
+    def finish(self) -> None:
+        """Ends the step: lengths advance."""
+
+    def abort(self) -> None:
+        """Takes the step's appends back."""
+
+    def in_step(self) -> bool:
+        """Whether a step is open."""

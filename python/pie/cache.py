@@ -1,0 +1,387 @@
+"""TieredKVCache: sequences, steps and attention on torch tensors, for use inside a model.
+
+The cache itself is native. What is here turns torch's words into numbers (checked, so that a wrong
+tensor is a sentence and never a wrong token) and lends the native loops torch's own threads.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+
+from pie import _core
+from pie._core import ConfigError, LogicError
+from pie.sizes import parse_size
+
+_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+_ROOM_TOKENS = 256  # a sequence's last block may be this much larger than what is in it
+_ROOM_BYTES = 64 << 20  # for what is not KV: attention's state, staging
+_ALIASES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """Pie's name ("f32", "bf16", "f16") of a torch dtype, or of its own or torch's name for one."""
+    name = str(dtype).removeprefix("torch.")
+    name = _ALIASES.get(name, name)
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not supported: use one of {', '.join(_DTYPES)}.")
+    return name
+
+
+def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The torch dtype that `dtype` means."""
+    return _DTYPES[dtype_name(dtype)]
+
+
+def kv_bytes(
+    num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype | str, tokens: int
+) -> int:
+    """Bytes of K and V of `tokens` tokens in all layers."""
+    return 2 * num_layers * num_kv_heads * head_dim * torch_dtype(dtype).itemsize * tokens
+
+
+def roomy_bytes(
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype | str,
+    lengths: Sequence[int],
+) -> int:
+    """A device budget in which sequences of these lengths fit with room to spare.
+
+    It costs nothing to ask for too much: device memory is taken as it is used.
+    """
+    tokens = sum(length + _ROOM_TOKENS for length in lengths)
+    return 2 * kv_bytes(num_layers, num_kv_heads, head_dim, dtype, tokens) + _ROOM_BYTES
+
+
+class Stats(dict[str, Any]):
+    """Counters since construction, and gauges: keys are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"stats() has no {name!r}") from None
+
+
+class _Step:
+    """A step as a context manager: finished on leaving, taken back on an exception."""
+
+    def __init__(
+        self, cache: TieredKVCache, batch: Sequence[tuple[int, int]], reader: str
+    ) -> None:
+        self._cache = cache
+        self._batch = batch
+        self._reader = reader
+
+    def __enter__(self) -> TieredKVCache:
+        self._cache._begin(self._batch, self._reader)
+        return self._cache
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._cache._finish()
+        else:
+            self._cache._abort()
+
+
+class TieredKVCache:
+    """KV cache of many sequences over two tiers: `device_bytes` of fast memory, a pool behind it.
+
+    num_layers, num_kv_heads, head_dim: geometry, the same in every layer.
+    dtype: of q, K, V and the result; torch.float32, bfloat16 or float16, or "f32", "bf16", "f16".
+    device: "cpu". (A CUDA backend is not part of this build.)
+    device_bytes: bounds everything held on the device. An int of bytes, or text like "512MiB".
+    pool_bytes: the most that the pool may take; "auto" is half of the free disk in `pool_dir`,
+        None or 0 is no pool. It is taken as it is needed, not at once.
+    pool_dir: directory of the pool's file, which is unlinked as soon as it is made; by default the
+        first of $TMPDIR, /var/tmp and /tmp that is on a disk. Memory (tmpfs) must be asked for by
+        name, as in "tmpfs:/dev/shm".
+    block_tokens: tokens per block, a multiple of 16; None chooses from device_bytes.
+    policy: "fit" streams just what the budget cannot hold, "fixed:F" the share F of all frames,
+        "off" nothing.
+
+    One thread at a time. Close it, or use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype | str,
+        device: torch.device | str = "cpu",
+        *,
+        device_bytes: int | str,
+        pool_bytes: int | str | None = "auto",
+        pool_dir: str | os.PathLike[str] | None = None,
+        block_tokens: int | None = None,
+        policy: str = "fit",
+    ) -> None:
+        if torch.device(device).type != "cpu":
+            raise ConfigError(
+                f"device is {str(device)!r}: this build of Pie computes on 'cpu' only, "
+                "its CUDA backend is not part of it."
+            )
+        directory = os.fspath(pool_dir) if pool_dir is not None else ""
+        self.num_layers = _positive("num_layers", num_layers)
+        self.num_kv_heads = _positive("num_kv_heads", num_kv_heads)
+        self.head_dim = _positive("head_dim", head_dim)
+        self.dtype = torch_dtype(dtype)
+        self._scale = self.head_dim**-0.5
+        self._rows = 0  # new tokens of the open step, 0 outside a step
+        self._core = _core.Cache(
+            layers=self.num_layers,
+            kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            block_tokens=0 if block_tokens is None else _positive("block_tokens", block_tokens),
+            dtype=dtype_name(dtype),
+            device_bytes=parse_size(device_bytes, "device_bytes"),
+            pool_bytes=_pool_bytes(pool_bytes, directory),
+            pool_dir=directory,
+            policy=policy,
+        )
+
+    def add(self) -> int:
+        """Makes an empty sequence and returns its number, which is never used again."""
+        return self._core.add()
+
+    def truncate(self, sequence: int, tokens: int) -> None:
+        """Keeps the first `tokens` tokens of a sequence."""
+        self._core.truncate(_known(sequence), _count("tokens", tokens))
+
+    def free(self, sequence: int) -> None:
+        """Forgets a sequence and gives back what it held."""
+        self._core.free(_known(sequence))
+
+    def length(self, sequence: int) -> int:
+        """Tokens that a sequence holds; it grows when a step is finished."""
+        return self._core.length(_known(sequence))
+
+    def step(
+        self,
+        batch: Sequence[tuple[int, int]],
+        *,
+        reader: Literal["attend", "gather"] = "attend",
+    ) -> _Step:
+        """A forward pass over `batch`, pairs of (sequence, new tokens), as a context manager.
+
+        Inside it, every layer from 0 to the last goes once, in order, through `attend`, or through
+        `gather` where `reader` says so. Leaving it makes the sequences longer; an exception takes
+        all of the step's appends back.
+        """
+        return _Step(self, batch, reader)
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        out: torch.Tensor | None = None,
+        return_lse: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Appends k and v, and attends causally to all of each sequence.
+
+        q is `[tokens, query_heads, head_dim]`, k and v `[tokens, num_kv_heads, head_dim]`: the new
+        tokens of the batch, packed in its order; any strides, the last of them 1. `scale` (default
+        head_dim ** -0.5) multiplies q.k. The result has q's shape and lies in `out` if given; with
+        `return_lse` the natural log-sum-exp of the scaled scores, `[tokens, query_heads]` in
+        float32, comes too.
+        """
+        query_heads = self._query_heads(q)
+        rows = self._open_rows("attend")
+        self._check_tensor("q", q, query_heads)
+        self._check_tensor("k", k, self.num_kv_heads)
+        self._check_tensor("v", v, self.num_kv_heads)
+        if out is None:
+            out = torch.empty((rows, query_heads, self.head_dim), dtype=self.dtype)
+        else:
+            self._check_tensor("out", out, query_heads)
+        lse = torch.empty((rows, query_heads)) if return_lse else None
+        self._core.attend(
+            self._layer(layer),
+            k.data_ptr(),
+            *k.stride()[:2],
+            v.data_ptr(),
+            *v.stride()[:2],
+            q.data_ptr(),
+            *q.stride()[:2],
+            out.data_ptr(),
+            *out.stride()[:2],
+            query_heads,
+            self._scale if scale is None else scale,
+            0 if lse is None else lse.data_ptr(),
+        )
+        return out if lse is None else (out, lse)
+
+    def gather(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends k and v (as for `attend`) and returns all K and V of the batch, copied together.
+
+        Each is `[batch, num_kv_heads, longest, head_dim]`, shorter sequences padded with zeros on
+        the right. Both are views of one staging buffer: their contents last until the next
+        `gather` or step.
+        """
+        self._open_rows("gather")
+        self._check_tensor("k", k, self.num_kv_heads)
+        self._check_tensor("v", v, self.num_kv_heads)
+        keys, values = self._core.gather(
+            self._layer(layer),
+            k.data_ptr(),
+            *k.stride()[:2],
+            v.data_ptr(),
+            *v.stride()[:2],
+        )
+        return torch.from_dlpack(keys), torch.from_dlpack(values)
+
+    def stats(self) -> Stats:
+        """Counters since construction, and gauges."""
+        return Stats(self._core.stats())
+
+    def check(self) -> None:
+        """Raises LogicError naming the first invariant that does not hold."""
+        self._core.check()
+
+    def close(self) -> None:
+        """Gives all memory back, that under tensors from `gather` when the last of them goes."""
+        self._core.close()
+
+    def __enter__(self) -> TieredKVCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _begin(self, batch: Sequence[tuple[int, int]], reader: str) -> None:
+        if reader not in ("attend", "gather"):
+            raise ConfigError(f"reader is {reader!r}: use 'attend' or 'gather'.")
+        entries = [(_known(sequence), _count("new tokens", tokens)) for sequence, tokens in batch]
+        _lend_threads()
+        rows = sum(tokens for _, tokens in entries)
+        if rows == 0:
+            raise LogicError("The step's batch has no new tokens: leave such a step out.")
+        self._core.begin(entries, reader == "gather")
+        self._rows = rows
+
+    def _finish(self) -> None:
+        self._rows = 0
+        try:
+            self._core.finish()
+        except BaseException:
+            self._core.abort()
+            raise
+
+    def _abort(self) -> None:
+        self._rows = 0
+        if not self._core.closed():
+            self._core.abort()
+
+    def _open_rows(self, call: str) -> int:
+        if self._rows == 0:
+            raise LogicError(
+                f"{call}() was called outside a step: "
+                "use it inside `with cache.step([(sequence, new_tokens), ...])`."
+            )
+        return self._rows
+
+    def _layer(self, layer: int) -> int:
+        if not 0 <= layer < self.num_layers:
+            raise LogicError(f"layer is {layer}: this cache has layers 0 to {self.num_layers - 1}.")
+        return layer
+
+    def _query_heads(self, q: torch.Tensor) -> int:
+        heads = q.shape[1] if q.dim() == 3 else 0
+        if heads == 0 or heads % self.num_kv_heads:
+            raise LogicError(
+                f"q has shape {list(q.shape)}: it must be [tokens, query_heads, {self.head_dim}] "
+                f"with query_heads a multiple of the {self.num_kv_heads} KV heads."
+            )
+        return heads
+
+    def _check_tensor(self, name: str, tensor: torch.Tensor, heads: int) -> None:
+        shape = (self._rows, heads, self.head_dim)
+        if tensor.shape != shape:
+            raise LogicError(
+                f"{name} has shape {list(tensor.shape)} where the step needs {list(shape)}: "
+                "the new tokens of the batch, packed in its order."
+            )
+        if tensor.dtype is not self.dtype:
+            raise LogicError(f"{name} is {tensor.dtype}, this cache holds {self.dtype}: convert it.")
+        if tensor.device.type != "cpu":
+            raise LogicError(f"{name} is on {tensor.device}, this cache computes on cpu: move it.")
+        if tensor.stride(2) != 1:
+            raise LogicError(f"{name} is not contiguous in its last dimension: call contiguous().")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise LogicError(
+                f"{name} requires grad, which this cache does not record: "
+                "run under torch.no_grad(), or detach it."
+            )
+
+
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or not 0 < value < 2**32:
+        raise ConfigError(f"{name} is {value!r}: give a whole number of at least 1.")
+    return value
+
+
+def _count(name: str, value: int) -> int:
+    if not isinstance(value, int) or not 0 <= value < 2**32:
+        raise LogicError(f"{name} is {value!r}: give a whole number that is not negative.")
+    return value
+
+
+def _known(sequence: int) -> int:
+    if not isinstance(sequence, int) or not 0 <= sequence < 2**64:
+        raise LogicError(f"{sequence!r} is not a sequence: use what add() returned.")
+    return sequence
+
+
+def _pool_bytes(pool_bytes: int | str | None, directory: str) -> int:
+    if pool_bytes is None or pool_bytes == 0:
+        return 0
+    if pool_bytes == "auto":
+        place = directory.removeprefix("tmpfs:") or _core.default_pool_dir()
+        return _core.free_disk_bytes(place) // 2
+    return parse_size(pool_bytes, "pool_bytes")
+
+
+_lent_threads = 0
+
+
+def _lend_threads() -> None:
+    """Runs the native loops on torch's own OpenMP team, of the size that torch has now."""
+    global _lent_threads
+    threads = torch.get_num_threads()
+    if threads == _lent_threads:
+        return
+    _lent_threads = threads
+    if threads > 1 and not any(_core.use_openmp(path, threads) for path in _openmp_libraries()):
+        warnings.warn(
+            "torch's OpenMP library was not found in this process, so Pie attends on one thread.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _openmp_libraries() -> list[str]:
+    """Paths of the OpenMP libraries that are loaded, torch's first."""
+    maps = Path("/proc/self/maps").read_text()
+    paths = sorted(set(re.findall(r"(/\S*/lib(?:gomp|omp|iomp5)[-.]\S*)$", maps, re.MULTILINE)))
+    return sorted(paths, key=lambda path: "/torch" not in path)

@@ -1,0 +1,144 @@
+"""The attention function that transformers calls for `attn_implementation="pie"`.
+
+A cache in this mode does not hand K and V to the model: `TieredCache.update()` returns the new ones
+wrapped in `PendingKV`, which remembers its cache and layer and refuses to be computed with. Only
+`attention` below unwraps it, so a model whose attention goes elsewhere meets a sentence, never
+wrong tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+
+from pie._core import ConfigError, LogicError
+
+if TYPE_CHECKING:
+    from pie.hf.cache import TieredCache
+
+# Keyword arguments that transformers hands to every attention and that change nothing here:
+# positions have been applied to q and k already, the rest is the model's bookkeeping.
+_HARMLESS = frozenset(
+    {
+        "cache_position",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "use_cache",
+    }
+)
+# Values of further arguments that ask for nothing.
+_NEUTRAL = {"is_causal": True, "output_attentions": False}
+
+_READABLE = frozenset(
+    {
+        torch.Tensor.size,
+        torch.Tensor.dim,
+        torch.Tensor.shape.__get__,
+        torch.Tensor.ndim.__get__,
+        torch.Tensor.dtype.__get__,
+        torch.Tensor.device.__get__,
+    }
+)
+
+
+class PendingKV(torch.Tensor):
+    """K or V of one layer's new tokens, on its way from the model to `attention`."""
+
+    cache: TieredCache
+    layer: int
+    rows: torch.Tensor  # what is wrapped, [batch, kv_heads, tokens, head_dim]
+
+    @classmethod
+    def wrap(cls, cache: TieredCache, layer: int, rows: torch.Tensor) -> PendingKV:
+        pending: PendingKV = rows.as_subclass(cls)
+        pending.cache = cache
+        pending.layer = layer
+        pending.rows = rows
+        return pending
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _READABLE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise ConfigError(
+            f"The model computes with K or V itself ({getattr(func, '__name__', func)}) instead of "
+            "calling the attention function 'pie', so this cache cannot serve it: load it with "
+            "another attn_implementation, such as 'eager', and make a new pie.hf.TieredCache."
+        )
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Appends the pending K and V to their cache and attends: `[batch, tokens, heads, head_dim]`."""
+    if not isinstance(key, PendingKV) or not isinstance(value, PendingKV):
+        raise LogicError(
+            "attn_implementation='pie' attends to a pie.hf.TieredCache made for it: pass "
+            "past_key_values=pie.hf.TieredCache(model.config, ...) with the config that says 'pie'."
+        )
+    if dropout:
+        raise _refusal(module, "dropout", dropout)
+    for name, argument in kwargs.items():
+        if argument is not None and name not in _HARMLESS and argument is not _NEUTRAL.get(name):
+            raise _refusal(module, name, argument)
+    if not getattr(module, "is_causal", True):
+        raise _refusal(module, "is_causal", False)
+    return key.cache.attend(key.layer, query, key.rows, value.rows, attention_mask, scaling), None
+
+
+def _refusal(module: torch.nn.Module, name: str, argument: object) -> ConfigError:
+    said = f"a {type(argument).__name__}" if isinstance(argument, torch.Tensor) else repr(argument)
+    return ConfigError(
+        f"{type(module).__name__} asks its attention for {name}={said}, which the attention 'pie' "
+        "does not do: load the model with another attn_implementation."
+    )
+
+
+def mask(
+    *args: Any,
+    kv_length: int,
+    mask_function: Any = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """What the models' mask-making calls for "pie": the 2-D padding mask, None where it hides nothing.
+
+    Causality needs no mask. Any other pattern (sliding windows, chunks, packed sequences, images)
+    is refused.
+    """
+    if mask_function is not causal_mask_function:
+        raise ConfigError(
+            "The model asks for an attention mask that is not plainly causal (a sliding window, "
+            "chunks, blocks or packed sequences), which the attention 'pie' does not do: "
+            "load it with another attn_implementation."
+        )
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[1] < kv_length:
+        raise ConfigError(
+            f"attention_mask has shape {list(attention_mask.shape)}: it must be [batch, tokens] and "
+            f"cover the {kv_length} tokens of cache and input."
+        )
+    attention_mask = attention_mask[:, :kv_length].bool()
+    return None if bool(attention_mask.all()) else attention_mask
+
+
+def register() -> None:
+    """Makes the name "pie" known to transformers, for attention and for masks."""
+    AttentionInterface.register("pie", attention)
+    AttentionMaskInterface.register("pie", mask)
