@@ -37,6 +37,16 @@ std::string cpu_name() {
   return "unknown CPU";
 }
 
+// Random elements between 0.5 and 2 in either sign: each a bf16, and each two an f32. `bytes` is a
+// multiple of 8.
+void fill(std::byte* to, std::size_t bytes) {
+  std::mt19937_64 random(2);
+  for (std::size_t i = 0; i < bytes; i += 8) {
+    const std::uint64_t four = 0x3f003f003f003f00 | (random() & 0x80ff80ff80ff80ff);
+    std::memcpy(to + i, &four, 8);
+  }
+}
+
 // Frames of one geometry, filled with small values, in shuffled order.
 class Frames {
  public:
@@ -48,14 +58,9 @@ class Frames {
             1 << 21, count_ * frame_bytes_ / (1 << 21) * (1 << 21) + (1 << 21)))) {
     // As the arena of a backend: on huge pages.
     ::madvise(memory_.get(), count_ * frame_bytes_, MADV_HUGEPAGE);
-    std::mt19937 random(1);
-    for (std::size_t i = 0; i < count_ * frame_bytes_; i += 2) {
-      // The upper half of a float between 0.5 and 2 in either sign: a bf16, and half of an f32.
-      const auto half = static_cast<std::uint16_t>(0x3f00 | (random() & 0x80ff));
-      std::memcpy(memory_.get() + i, &half, 2);
-    }
+    fill(memory_.get(), count_ * frame_bytes_);
     for (std::size_t i = 0; i < count_; ++i) frames_.push_back(memory_.get() + i * frame_bytes_);
-    std::shuffle(frames_.begin(), frames_.end(), random);
+    std::shuffle(frames_.begin(), frames_.end(), std::mt19937(1));
   }
 
   [[nodiscard]] const std::vector<std::byte*>& frames() const { return frames_; }
@@ -105,17 +110,18 @@ double fold_seconds(const Problem& problem, Frames& frames, double budget_s) {
   const pie::AttentionShape& shape = problem.shape;
   const std::size_t row = std::size_t{shape.query_heads} * shape.head_dim;
   const std::size_t state_floats = pie::attention_state_floats(shape) * problem.rows;
-  std::vector<float> q(problem.sequences * problem.rows * row, 0);
-  for (std::size_t i = 0; i < q.size(); ++i) q[i] = static_cast<float>(i % 7) * 0.1F;
+  const std::size_t q_bytes = problem.rows * row * pie::dtype_bytes(shape.dtype);
+  std::vector<std::byte> q(problem.sequences * q_bytes);
+  fill(q.data(), q.size());
   std::vector<float> state(problem.sequences * state_floats);
-  std::vector<float> out(q.size());
+  std::vector<std::byte> out(q.size());
   const std::uint32_t tokens = problem.position + problem.rows;
   const std::size_t blocks = (tokens + shape.block_tokens - 1) / shape.block_tokens;
   const auto stride = static_cast<std::int64_t>(row);
   return median_seconds(budget_s, [&] {
     std::vector<pie::AttentionWork> work;
     for (std::uint32_t s = 0; s < problem.sequences; ++s) {
-      work.push_back({.q = {q.data() + s * problem.rows * row, stride, shape.head_dim},
+      work.push_back({.q = {q.data() + s * q_bytes, stride, shape.head_dim},
                       .rows = problem.rows,
                       .position = problem.position,
                       .kv_begin = 0,

@@ -9,5 +9,4 @@ function(pie_bench name)
 endfunction()
 
 pie_bench(attention)
-pie_bench(planner)
 pie_bench(pool_read)

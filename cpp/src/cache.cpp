@@ -50,9 +50,14 @@ void check_geometry(const Geometry& geometry) {
 // Device frames that one sequence needs to gain a token: its partial blocks, a ring, staging.
 std::uint64_t least_frames(const Geometry& geometry) { return std::uint64_t{geometry.layers} + 2; }
 
-Bytes stride_of(const CacheOptions& options, const Geometry& geometry) {
-  return host_frame_stride(geometry.frame_bytes(),
-                           options.pool_bytes == 0 ? std::string() : options.pool_dir);
+HostOptions host_options(const CacheOptions& options, const Geometry& geometry) {
+  HostOptions host;
+  host.frame_bytes = geometry.frame_bytes();
+  host.device_bytes = options.device_bytes;
+  host.pool_bytes = options.pool_bytes;
+  host.pool_dir = options.pool_dir;
+  host.pool_io = options.pool_io;
+  return host;
 }
 
 // Large blocks make large copies and small tables, but every sequence holds one partial block a
@@ -62,7 +67,7 @@ std::uint32_t choose_block_tokens(const CacheOptions& options) {
   Geometry geometry = options.geometry;
   for (const std::uint32_t tokens : {64U, 32U}) {
     geometry.block_tokens = tokens;
-    if (3 * sequences * least_frames(geometry) * stride_of(options, geometry) <=
+    if (3 * sequences * least_frames(geometry) * host_frame_stride(host_options(options, geometry)) <=
         options.device_bytes) {
       return tokens;
     }
@@ -82,7 +87,8 @@ Geometry resolve(const CacheOptions& options) {
 }
 
 std::unique_ptr<Backend> open_backend(const CacheOptions& options, const Geometry& geometry) {
-  const Bytes stride = stride_of(options, geometry);
+  const HostOptions host = host_options(options, geometry);
+  const Bytes stride = host_frame_stride(host);
   const Bytes least = least_frames(geometry) * stride;
   if (options.device_bytes < least) {
     throw ConfigError(
@@ -97,12 +103,6 @@ std::unique_ptr<Backend> open_backend(const CacheOptions& options, const Geometr
                       ", less than one block of one layer (" + std::to_string(stride) +
                       " bytes). Give more, or 0 for no pool.");
   }
-  HostOptions host;
-  host.frame_bytes = geometry.frame_bytes();
-  host.device_bytes = options.device_bytes;
-  host.pool_bytes = options.pool_bytes;
-  host.pool_dir = options.pool_dir;
-  host.pool_io = options.pool_io;
   return open_host(host);
 }
 

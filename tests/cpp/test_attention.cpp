@@ -32,7 +32,7 @@ using Half = _Float16;
 
 const float infinity = std::numeric_limits<float>::infinity();
 
-// --- Elements -----------------------------------------------------------------------------------
+// ---- Elements ----
 
 void encode(float x, DType dtype, std::byte* to) {
   if (dtype == DType::f32) {
@@ -80,6 +80,13 @@ struct Matrix {
   [[nodiscard]] float at(std::size_t row, std::size_t head, std::size_t d) const {
     return decode(bytes.data() + offset(row, head, d), dtype);
   }
+  [[nodiscard]] std::vector<double> values() const {
+    std::vector<double> x;
+    for (std::size_t i = 0; i < bytes.size(); i += dtype_bytes(dtype)) {
+      x.push_back(double{decode(bytes.data() + i, dtype)});
+    }
+    return x;
+  }
   void set(std::size_t row, std::size_t head, std::size_t d, float x) {
     encode(x, dtype, bytes.data() + offset(row, head, d));
   }
@@ -95,7 +102,6 @@ struct Matrix {
 };
 
 // --- A sequence, and ways to compute its attention
-// -------------------------------------------------
 
 // The last `rows` tokens of a sequence of `tokens` tokens attend to all that came before them.
 struct Sequence {
@@ -229,49 +235,51 @@ Result attend(const Sequence& sequence, const Plan& plan) {
 }
 
 // --- The reference
-// ----------------------------------------------------------------------------------
 
 struct Error {
   double out = 0;  // relative L2
   double lse = 0;  // largest absolute
 };
 
-// Scaled scores of one row and head against the tokens it sees.
-std::vector<double> scores(const Sequence& s, std::size_t row, std::size_t head) {
-  const std::size_t kv_head = head / (s.shape.query_heads / s.shape.kv_heads);
-  std::vector<double> x(s.position() + row + 1, 0);
-  for (std::size_t t = 0; t < x.size(); ++t) {
-    for (std::size_t d = 0; d < s.shape.head_dim; ++d) {
-      x[t] += double{s.q.at(row, head, d)} * double{s.k.at(t, kv_head, d)};
-    }
-    x[t] *= double{s.shape.scale};
+// Softmax attention of one row and head over the tokens it sees: weights in place of `x`, the
+// scaled scores; returns the log-sum-exp.
+double softmax(std::vector<double>& x) {
+  const double max = *std::max_element(x.begin(), x.end());
+  double sum = 0;
+  for (double& score : x) {
+    score = std::exp(score - max);
+    sum += score;
   }
-  return x;
+  for (double& weight : x) weight /= sum;
+  return max + std::log(sum);
 }
 
 Error error_of(const Sequence& s, const Result& result) {
+  const std::vector<double> q = s.q.values();
+  const std::vector<double> k = s.k.values();
+  const std::vector<double> v = s.v.values();
+  const std::size_t dim = s.shape.head_dim;
   double square = 0;
   double total = 0;
   Error error;
-  for (std::size_t row = 0; row < s.rows; ++row) {
-    for (std::size_t head = 0; head < s.shape.query_heads; ++head) {
-      const std::size_t kv_head = head / (s.shape.query_heads / s.shape.kv_heads);
-      const std::vector<double> x = scores(s, row, head);
-      const double max = *std::max_element(x.begin(), x.end());
-      double sum = 0;
-      for (const double score : x) sum += std::exp(score - max);
-      const double lse = double{result.lse[row * s.shape.query_heads + head]};
-      error.lse = std::max(error.lse, std::abs(lse - max - std::log(sum)));
-      for (std::size_t d = 0; d < s.shape.head_dim; ++d) {
-        double value = 0;
-        for (std::size_t t = 0; t < x.size(); ++t) {
-          value += std::exp(x[t] - max) / sum * double{s.v.at(t, kv_head, d)};
-        }
-        const double got =
-            double{decode(result.out.data() + s.q.offset(row, head, d), s.shape.dtype)};
-        square += (got - value) * (got - value);
-        total += value * value;
-      }
+  for (std::size_t line = 0; line < s.rows * std::size_t{s.shape.query_heads}; ++line) {
+    const std::size_t row = line / s.shape.query_heads;
+    const std::size_t head = line % s.shape.query_heads;
+    const std::size_t kv_head = head / (s.shape.query_heads / s.shape.kv_heads);
+    std::vector<double> x(s.position() + row + 1, 0);
+    const auto kv_at = [&](std::size_t t) { return (t * s.shape.kv_heads + kv_head) * dim; };
+    for (std::size_t t = 0; t < x.size(); ++t) {
+      for (std::size_t d = 0; d < dim; ++d) x[t] += q[line * dim + d] * k[kv_at(t) + d];
+      x[t] *= double{s.shape.scale};
+    }
+    error.lse = std::max(error.lse, std::abs(double{result.lse[line]} - softmax(x)));
+    for (std::size_t d = 0; d < dim; ++d) {
+      double value = 0;
+      for (std::size_t t = 0; t < x.size(); ++t) value += x[t] * v[kv_at(t) + d];
+      const std::byte* out = result.out.data() + s.q.offset(row, head, d);
+      const double got = double{decode(out, s.shape.dtype)};
+      square += (got - value) * (got - value);
+      total += value * value;
     }
   }
   error.out = std::sqrt(square / total);
@@ -279,7 +287,6 @@ Error error_of(const Sequence& s, const Result& result) {
 }
 
 // --- Threads and instruction sets
-// ---------------------------------------------------------------------
 
 // Three threads, each taking every third index: as unlike the serial order as can be.
 void run_on_threads(std::size_t count, void (*body)(void*, std::size_t), void* context) {
@@ -571,7 +578,6 @@ INSTANTIATE_TEST_SUITE_P(Isa, AttentionTest, testing::Values("portable", "avx2",
                          [](const auto& isa) { return isa.param; });
 
 // --- Calls that are wrong
-// -----------------------------------------------------------------------------
 
 TEST(AttentionChecks, RefusesUnknownInstructionSets) {
   try {

@@ -25,9 +25,9 @@ def run(*arguments: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_of_a_page_runs(page: Path, tmp_path: Path, weights: Path) -> None:
-    # In one process and in order, as somebody reading the page would type it.
+    # In one process and in order, as somebody reading the page would type it, who has a model.
     program = tmp_path / "page.py"
-    program.write_text("\n".join(blocks(page, "python")))
+    program.write_text("\n".join([f"model_path = {str(weights)!r}", *blocks(page, "python")]))
     run(str(program))
 
 

@@ -31,7 +31,7 @@ struct HostOptions {
 // Free bytes in the file system of `dir` that this user may take.
 [[nodiscard]] Bytes free_disk_bytes(const std::string& dir);
 
-// Bytes of stride that `open_host` would give frames of `frame_bytes` in `pool_dir`.
-[[nodiscard]] Bytes host_frame_stride(Bytes frame_bytes, const std::string& pool_dir);
+// Bytes of stride that `open_host` would give frames under these options.
+[[nodiscard]] Bytes host_frame_stride(const HostOptions& options);
 
 }  // namespace pie

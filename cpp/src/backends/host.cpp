@@ -319,14 +319,16 @@ void HostBackend::end(Ticket ticket, const Batch& batch) {
 }
 
 // The best way that works, or the one that was named. Throws ConfigError where that one does not.
-Pool open_pool(const std::string& dir, const std::string& wanted) {
+Pool open_pool(const HostOptions& options) {
+  const std::string& wanted = options.pool_io;
   const bool any = wanted == "auto";
   if (!any && wanted != "direct-uring" && wanted != "direct-threads" &&
       wanted != "buffered-threads") {
     throw ConfigError("pool_io is '" + wanted +
                       "'; it can be auto, direct-uring, direct-threads or buffered-threads.");
   }
-  auto file = std::make_unique<PoolFile>(dir, wanted != "buffered-threads");
+  auto file = std::make_unique<PoolFile>(options.pool_dir, wanted != "buffered-threads",
+                                         options.frame_bytes);
   const int descriptor = file->descriptor();
   const Bytes alignment = file->alignment();
   std::string why = "files in '" + file->dir() + "' cannot be read and written directly";
@@ -355,10 +357,11 @@ std::uint32_t frames_in(Bytes bytes, Bytes stride, const std::string& name) {
 }  // namespace
 
 std::unique_ptr<Backend> open_host(const HostOptions& options) {
-  if (options.frame_bytes == 0)
+  if (options.frame_bytes == 0) {
     throw ConfigError("frame_bytes is 0; a frame has at least one byte.");
+  }
   Pool pool;
-  if (options.pool_bytes > 0) pool = open_pool(options.pool_dir, options.pool_io);
+  if (options.pool_bytes > 0) pool = open_pool(options);
   const Bytes alignment = pool.file == nullptr ? buffered_alignment : pool.file->alignment();
 
   Capabilities capabilities;
@@ -374,8 +377,11 @@ std::unique_ptr<Backend> open_host(const HostOptions& options) {
   return std::make_unique<HostBackend>(std::move(capabilities), std::move(pool));
 }
 
-Bytes host_frame_stride(Bytes frame_bytes, const std::string& pool_dir) {
-  return round_up(frame_bytes, PoolFile(pool_dir, true).alignment());
+Bytes host_frame_stride(const HostOptions& options) {
+  if (options.pool_bytes == 0) return round_up(options.frame_bytes, buffered_alignment);
+  const bool direct = options.pool_io != "buffered-threads";
+  const PoolFile file(options.pool_dir, direct, options.frame_bytes);
+  return round_up(options.frame_bytes, file.alignment());
 }
 
 }  // namespace pie

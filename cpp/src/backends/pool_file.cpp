@@ -80,10 +80,10 @@ int make_file(const std::string& path) {
   return named;
 }
 
-// What direct I/O on this file asks of offsets and addresses, 0 where the file cannot do it. Never
-// less than the file system's block: to ext4 and XFS a write of part of a block is exclusive, and
-// waits for every transfer in flight on the file.
-Bytes direct_alignment(int file) {
+// What direct I/O on this file asks of offsets and addresses, 0 where the file cannot do it. More,
+// the file system's block, unless that pads a frame by over an eighth: to ext4 and XFS a write of
+// part of a block is exclusive, and waits for every transfer in flight on the file.
+Bytes direct_alignment(int file, Bytes frame_bytes) {
   struct statx status{};
   unsigned mask = STATX_BASIC_STATS;
 #ifdef STATX_DIOALIGN
@@ -94,7 +94,9 @@ Bytes direct_alignment(int file) {
 #ifdef STATX_DIOALIGN
   if ((status.stx_mask & STATX_DIOALIGN) != 0) {
     if (status.stx_dio_offset_align == 0) return 0;
-    return std::max<Bytes>({block, status.stx_dio_offset_align, status.stx_dio_mem_align});
+    const auto least = std::max<Bytes>(status.stx_dio_offset_align, status.stx_dio_mem_align);
+    const bool pads_much = round_up(frame_bytes, block) - frame_bytes > frame_bytes / 8;
+    return pads_much ? least : std::max(block, least);
   }
 #endif
   return block;
@@ -120,7 +122,7 @@ void cut(int file, Bytes bytes) {
 
 }  // namespace
 
-PoolFile::PoolFile(const std::string& dir, bool direct) : dir_(path_of(dir)) {
+PoolFile::PoolFile(const std::string& dir, bool direct, Bytes frame_bytes) : dir_(path_of(dir)) {
   check_dir(dir_, has_memory_prefix(dir));
   descriptor_ = make_file(dir_);
   const int error = take_space(descriptor_, 0, 1);
@@ -132,7 +134,7 @@ PoolFile::PoolFile(const std::string& dir, bool direct) : dir_(path_of(dir)) {
   }
   cut(descriptor_, 0);
   // Memory accepts the flag and means nothing by it.
-  const Bytes alignment = direct && !is_memory(dir_) ? direct_alignment(descriptor_) : 0;
+  const Bytes alignment = direct && !is_memory(dir_) ? direct_alignment(descriptor_, frame_bytes) : 0;
   direct_ = alignment != 0 && set_direct(descriptor_);
   alignment_ = direct_ ? alignment : buffered_alignment;
 }

@@ -13,9 +13,10 @@ namespace pie {
 
 class PoolFile {
  public:
-  // Makes the file in `dir`, which may be empty or prefixed as HostOptions::pool_dir says. Direct
-  // I/O is used if `direct` asks for it and the file can do it. Throws ConfigError.
-  PoolFile(const std::string& dir, bool direct);
+  // Makes the file for frames of `frame_bytes` in `dir`, which may be empty or prefixed as
+  // HostOptions::pool_dir says. Direct I/O is used if `direct` asks for it and the file can do it.
+  // Throws ConfigError.
+  PoolFile(const std::string& dir, bool direct, Bytes frame_bytes);
   PoolFile(const PoolFile&) = delete;
   PoolFile& operator=(const PoolFile&) = delete;
   ~PoolFile();

@@ -53,7 +53,10 @@ def load(
         raise
     except Exception as error:
         # Whatever a damaged or foreign file makes the readers raise, the user gets one sentence.
-        raise ConfigError(f"{name} cannot be loaded: {_first_line(error)}") from error
+        raise ConfigError(
+            f"{name} cannot be loaded with attn_implementation={attn_implementation!r}: "
+            f"{_first_line(error)}"
+        ) from error
     for what in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(what):
             some = ", ".join(str(key) for key in sorted(info[what], key=str)[:3])
@@ -71,25 +74,34 @@ def probe(model: Any) -> None:
     Two rows, one of them padded on the left, go through in two chunks. Models with an attention
     window are refused before this, so that the chunks need not be longer than one.
     """
-    asked = model.config._attn_implementation
-    inputs = _probe_inputs(model)
+    name, asked = type(model).__name__, model.config._attn_implementation
+    if asked == "pie" and not model._can_set_attn_implementation():
+        raise ConfigError(
+            f"Pie does not run {name} with attn_implementation='pie': its attention does not go "
+            "through the attention interface of transformers. Use 'eager'."
+        )
     try:
+        geometry(model.config)
+        inputs = _probe_inputs(model)
         model.set_attn_implementation("eager")
         with torch.no_grad():
             expected = model(**inputs, use_cache=False).logits[:, _PROBE_CHUNKS[0] :]
         model.set_attn_implementation(asked)
         found = _probe_in_chunks(model, inputs)
-    except (ConfigError, LogicError) as error:
-        raise ConfigError(f"Pie does not run {type(model).__name__}: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Whatever a model that Pie does not fit raises on the way, the user gets its name.
+        raise ConfigError(f"Pie does not run {name}: {_first_line(error)}") from error
     finally:
         model.set_attn_implementation(asked)
     difference = float((found - expected).norm() / expected.norm())
     limit = _PROBE_LIMIT[dtype_name(model.dtype)]
     if not difference <= limit:
         raise ConfigError(
-            f"Pie does not run {type(model).__name__}: with attn_implementation={asked!r} its logits "
-            f"differ from those of its own attention by {difference:.2g} of their size, more than "
-            f"rounding explains ({limit:g})."
+            f"Pie does not run {name}: with attn_implementation={asked!r} its logits differ from "
+            f"those of its own attention by {difference:.2g} of their size, more than rounding "
+            f"explains ({limit:g})."
         )
 
 
@@ -147,4 +159,6 @@ def _dequantised(gguf: dict[str, str]) -> dict[str, Any]:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
+    if isinstance(error, (ConfigError, LogicError)):
+        return lines[0]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
