@@ -39,12 +39,13 @@ inline float value(std::uint64_t salt, std::uint32_t layer, std::uint32_t token,
 // One cache under test and what it should hold.
 class Model {
  public:
+  Model(std::uint32_t layers, const std::string& policy, std::unique_ptr<Backend> backend)
+      : layers_(layers),
+        backend_(dynamic_cast<MemoryBackend*>(backend.get())),
+        cache_(std::make_unique<TieredCache>(small_geometry(layers), policy, std::move(backend))) {}
+
   Model(std::uint32_t layers, const std::string& policy, const MemoryOptions& options)
-      : layers_(layers) {
-    auto backend = std::make_unique<MemoryBackend>(options);
-    backend_ = backend.get();
-    cache_ = std::make_unique<TieredCache>(small_geometry(layers), policy, std::move(backend));
-  }
+      : Model(layers, policy, std::make_unique<MemoryBackend>(options)) {}
 
   SequenceId add() {
     const SequenceId id = cache_->add();
@@ -186,7 +187,7 @@ class Model {
 
   std::uint32_t layers_;
   std::uint64_t step_ = 0;
-  MemoryBackend* backend_ = nullptr;
+  MemoryBackend* backend_;  // null where the cache runs on another
   std::unique_ptr<TieredCache> cache_;
   Salts salts_;  // per token, the step that wrote it
 };

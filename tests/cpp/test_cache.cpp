@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "pie/backends.hpp"
 #include "reference_model.hpp"
 
 namespace pie {
@@ -69,18 +70,7 @@ struct Tally {
   std::uint64_t io_errors = 0;
 };
 
-void run_seed(std::uint64_t seed, Tally& tally, double failures) {
-  SCOPED_TRACE("SEED=" + std::to_string(seed));
-  Swarm swarm(seed);
-  const std::uint32_t layers = 1 + swarm.pick(4);
-  MemoryOptions options;
-  options.frame_bytes = small_geometry(layers).frame_bytes();
-  options.device_frames = layers + 2 + swarm.pick(layers * 12);
-  options.pool_frames = swarm.pick(5) == 0 ? swarm.pick(20) : 200 + swarm.pick(400);
-  options.seed = seed;
-  options.failure_probability = failures;
-  const std::string policies[] = {"fit", "fit", "fixed:0.5", "fixed:1", "off"};
-  Model model(layers, policies[swarm.pick(5)], options);
+void run_operations(Swarm& swarm, Model& model, Tally& tally) {
   model.add();
   for (int i = 0; i < 60 && !::testing::Test::HasFailure(); ++i) {
     try {
@@ -95,6 +85,35 @@ void run_seed(std::uint64_t seed, Tally& tally, double failures) {
   tally.streamed += model.cache().stats().streamed_bytes;
 }
 
+void run_seed(std::uint64_t seed, Tally& tally, double failures) {
+  SCOPED_TRACE("SEED=" + std::to_string(seed));
+  Swarm swarm(seed);
+  const std::uint32_t layers = 1 + swarm.pick(4);
+  MemoryOptions options;
+  options.frame_bytes = small_geometry(layers).frame_bytes();
+  options.device_frames = layers + 2 + swarm.pick(layers * 12);
+  options.pool_frames = swarm.pick(5) == 0 ? swarm.pick(20) : 200 + swarm.pick(400);
+  options.seed = seed;
+  options.failure_probability = failures;
+  const std::string policies[] = {"fit", "fit", "fixed:0.5", "fixed:1", "off"};
+  Model model(layers, policies[swarm.pick(5)], options);
+  run_operations(swarm, model, tally);
+}
+
+// The same over RAM and a file, where the timing of copies is the disk's.
+void run_host_seed(std::uint64_t seed, Tally& tally, const std::string& pool_io) {
+  SCOPED_TRACE("SEED=" + std::to_string(seed));
+  Swarm swarm(seed);
+  const std::uint32_t layers = 1 + swarm.pick(4);
+  HostOptions options;
+  options.frame_bytes = small_geometry(layers).frame_bytes();
+  options.pool_bytes = 800 * options.frame_bytes;
+  options.pool_io = pool_io;
+  options.device_bytes = host_frame_stride(options) * (layers + 2 + swarm.pick(layers * 12));
+  Model model(layers, "fit", open_host(options));
+  run_operations(swarm, model, tally);
+}
+
 TEST(CacheSwarm, HoldsWhatTheReferenceHolds) {
   Tally tally;
   for (std::uint64_t seed = 1; seed <= 400 && !HasFailure(); ++seed) run_seed(seed, tally, 0);
@@ -107,6 +126,18 @@ TEST(CacheSwarm, SurvivesFailingTransfers) {
   Tally tally;
   for (std::uint64_t seed = 1; seed <= 200 && !HasFailure(); ++seed) run_seed(seed, tally, 0.3);
   EXPECT_GT(tally.io_errors, 0U);
+}
+
+TEST(CacheSwarm, HoldsOverRamAndAFile) {
+  for (const char* pool_io : {"auto", "direct-threads", "buffered-threads"}) {
+    SCOPED_TRACE(pool_io);
+    Tally tally;
+    for (std::uint64_t seed = 1; seed <= 20 && !HasFailure(); ++seed) {
+      run_host_seed(seed, tally, pool_io);
+    }
+    EXPECT_GT(tally.streamed, 0U);
+    EXPECT_EQ(tally.io_errors, 0U);
+  }
 }
 
 // ---- every short history ------------------------------------------------------------------------
