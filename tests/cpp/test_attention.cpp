@@ -32,7 +32,7 @@ using Half = _Float16;
 
 const float infinity = std::numeric_limits<float>::infinity();
 
-// ---- Elements ----
+// --- Elements
 
 void encode(float x, DType dtype, std::byte* to) {
   if (dtype == DType::f32) {

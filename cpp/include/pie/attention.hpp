@@ -70,7 +70,7 @@ void attention_finish(const AttentionShape& shape, const float* state, std::uint
 void frame_append(const AttentionShape& shape, std::byte* frame, std::uint32_t token,
                   std::uint32_t rows, const Rows& k, const Rows& v);
 
-// Name of the instruction set chosen at run time: "avx512-bf16", "avx512", "avx2", "portable".
+// Name of the instruction set chosen at run time: "avx512", "avx2", "portable".
 [[nodiscard]] const char* attention_isa();
 
 }  // namespace pie

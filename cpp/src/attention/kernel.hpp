@@ -118,7 +118,7 @@ void unpack(const FoldTask& task, const Pass& pass, std::uint32_t begin, std::ui
   }
 }
 
-// Scores of `lines` lines against `columns` vectors of tokens.
+// Scores of `line_count` lines against `columns` vectors of tokens.
 template <int line_count, int columns>
 void score(const Pass& pass, const float* queries, const float* keys, float* scores) {
   V sum[line_count][columns] = {};
