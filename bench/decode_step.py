@@ -37,9 +37,7 @@ class Side:
 def interval(ratios: list[float]) -> tuple[float, float]:
     """95 % bootstrap interval of the median."""
     draw = random.Random(0)
-    medians = sorted(
-        statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000)
-    )
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
     return medians[50], medians[-51]
 
 
@@ -70,7 +68,7 @@ def main() -> int:
                 side.seconds.append(side.forward([101 + pair]))
     ratios = [a / b for a, b in zip(ours.seconds[5:], theirs.seconds[5:], strict=True)]
     ratio, (low, high) = statistics.median(ratios), interval(ratios)
-    print(f"{arguments.dtype}, 1 sequence at {arguments.tokens} tokens, {len(ratios)} pairs,", end=" ")
+    print(f"{arguments.dtype}, 1 sequence at {arguments.tokens} tokens, {len(ratios)} pairs")
     print(f"{torch.get_num_threads()} threads, {ours.cache.stats().attention_isa}")
     for name, side in (("pie", ours), ("DynamicCache, sdpa", theirs)):
         print(f"{name:<20} {statistics.median(side.seconds[5:]) * 1e3:7.2f} ms a step (median)")

@@ -44,7 +44,8 @@ def run(command: list[str]) -> tuple[str, int, int]:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
     )
-    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
     watch, base = Watch(process), 0
     for line in process.stderr:
         print(line, end="", flush=True)

@@ -20,7 +20,7 @@ BATCH_SHARES = (1.0, 0.7, 0.4, 0.15)  # lengths of the batch's prompts, of the l
 
 def prompt_ids(tokenizer: Any, tokens: int) -> list[int]:
     """`tokens` tokens of a text whose lines all differ."""
-    lines = [f"Entry {n}: {n * n % 97} crates for dock {n % 7}, {n % 13} late." for n in range(tokens)]
+    lines = [f"Entry {n}: {n * n % 97} crates for dock {n % 7}." for n in range(tokens)]
     ids: list[int] = tokenizer("\n".join(lines)).input_ids[:tokens]
     return ids
 

@@ -14,7 +14,7 @@ WIDTH = QUERY_HEADS * HEAD_DIM
 
 
 class Model:
-    """Attention and a linear layer, LAYERS times. `read` stores K and V and attends to all of them."""
+    """Attention and a linear layer, LAYERS times; `read` stores K and V and attends to them."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)

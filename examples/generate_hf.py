@@ -1,6 +1,6 @@
-"""`model.generate` of transformers over a TieredCache: two prompts in a batch, both ways of reading.
+"""`model.generate` of transformers over a TieredCache: two prompts, both ways of reading KV.
 
-    python examples/generate_hf.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf
+python examples/generate_hf.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 """
 
 import argparse

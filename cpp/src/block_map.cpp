@@ -152,10 +152,10 @@ void BlockMap::drop(const BlockKey& key) {
 
 FrameIndex BlockMap::take_pool_frame(LayerBlocks& layer, std::uint32_t extent_frames_max) {
   if (layer.extent.count == 0) {
-    // Extents double with the layer's length, so short sequences waste little and long ones lie in
+    // Extents grow with the layer's length, so short sequences waste little and long ones lie in
     // few pieces.
     const auto blocks = static_cast<std::uint32_t>(layer.blocks.size());
-    const std::uint32_t want = std::clamp(blocks, std::uint32_t{1}, extent_frames_max);
+    const std::uint32_t want = std::clamp(blocks / 2, std::uint32_t{1}, extent_frames_max);
     layer.extent = pool_.acquire_run(want);
     if (layer.extent.count == 0) return no_frame;
     set_aside_ += layer.extent.count;

@@ -493,9 +493,8 @@ void Scheduler::write_full(Sequence& sequence, std::uint32_t layer, std::uint32_
 }
 
 FrameIndex Scheduler::take_pool_frame(LayerBlocks& layer) {
-  const std::uint32_t extent_max = copy_frames_ * 4;
   for (;;) {
-    const FrameIndex frame = map_.take_pool_frame(layer, extent_max);
+    const FrameIndex frame = map_.take_pool_frame(layer, copy_frames_);
     if (frame != no_frame) return frame;
     if (grow_pool(map_.pool().limit() + 1)) continue;
     if (map_.release_extents() == 0 && !reclaim_pool()) return no_frame;

@@ -12,9 +12,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from pie import _core
 from pie._core import ConfigError, LogicError
@@ -75,9 +76,7 @@ class Stats(dict[str, Any]):
 class _Step:
     """A step as a context manager: finished on leaving, taken back on an exception."""
 
-    def __init__(
-        self, cache: TieredKVCache, batch: Sequence[tuple[int, int]], reader: str
-    ) -> None:
+    def __init__(self, cache: TieredKVCache, batch: Sequence[tuple[int, int]], reader: str) -> None:
         self._cache = cache
         self._batch = batch
         self._reader = reader
@@ -185,6 +184,32 @@ class TieredKVCache:
         """
         return _Step(self, batch, reader)
 
+    @overload
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        out: torch.Tensor | None = None,
+        return_lse: Literal[False] = False,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        out: torch.Tensor | None = None,
+        return_lse: Literal[True],
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
     def attend(
         self,
         layer: int,
@@ -217,13 +242,17 @@ class TieredKVCache:
         self._core.attend(
             self._layer(layer),
             k.data_ptr(),
-            *k.stride()[:2],
+            k.stride(0),
+            k.stride(1),
             v.data_ptr(),
-            *v.stride()[:2],
+            v.stride(0),
+            v.stride(1),
             q.data_ptr(),
-            *q.stride()[:2],
+            q.stride(0),
+            q.stride(1),
             out.data_ptr(),
-            *out.stride()[:2],
+            out.stride(0),
+            out.stride(1),
             query_heads,
             self._scale if scale is None else scale,
             0 if lse is None else lse.data_ptr(),
@@ -245,11 +274,13 @@ class TieredKVCache:
         keys, values = self._core.gather(
             self._layer(layer),
             k.data_ptr(),
-            *k.stride()[:2],
+            k.stride(0),
+            k.stride(1),
             v.data_ptr(),
-            *v.stride()[:2],
+            v.stride(0),
+            v.stride(1),
         )
-        return torch.from_dlpack(keys), torch.from_dlpack(values)
+        return from_dlpack(keys), from_dlpack(values)
 
     def stats(self) -> Stats:
         """Counters since construction, and gauges."""
@@ -323,7 +354,7 @@ class TieredKVCache:
                 "the new tokens of the batch, packed in its order."
             )
         if tensor.dtype is not self.dtype:
-            raise LogicError(f"{name} is {tensor.dtype}, this cache holds {self.dtype}: convert it.")
+            raise LogicError(f"{name} is {tensor.dtype}, this cache holds {self.dtype}.")
         if tensor.device.type != "cpu":
             raise LogicError(f"{name} is on {tensor.device}, this cache computes on cpu: move it.")
         if tensor.stride(2) != 1:

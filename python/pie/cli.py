@@ -56,9 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     about = commands.add_parser("info", help="what this machine offers")
     about.add_argument("--pool-dir", metavar="DIR", help="directory whose disk is tried")
     make = commands.add_parser("generate", help="continue a prompt", epilog=_EPILOG)
-    make.add_argument(
-        "--model", required=True, help="folder of safetensors, .gguf file, or hub id"
-    )
+    make.add_argument("--model", required=True, help="folder of safetensors, .gguf file, or hub id")
     prompt = make.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-file", metavar="FILE")

@@ -34,16 +34,9 @@ _HARMLESS = frozenset(
 # Values of further arguments that ask for nothing.
 _NEUTRAL = {"is_causal": True, "output_attentions": False}
 
-_READABLE = frozenset(
-    {
-        torch.Tensor.size,
-        torch.Tensor.dim,
-        torch.Tensor.shape.__get__,
-        torch.Tensor.ndim.__get__,
-        torch.Tensor.dtype.__get__,
-        torch.Tensor.device.__get__,
-    }
-)
+_PROPERTIES = ("shape", "ndim", "dtype", "device")
+_READABLE = {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES}
+_READABLE |= {torch.Tensor.size, torch.Tensor.dim}
 
 
 class PendingKV(torch.Tensor):
@@ -85,7 +78,7 @@ def attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Appends the pending K and V to their cache and attends: `[batch, tokens, heads, head_dim]`."""
+    """Appends the pending K and V and attends; returns `[batch, tokens, heads, head_dim]`."""
     if not isinstance(key, PendingKV) or not isinstance(value, PendingKV):
         raise LogicError(
             "attn_implementation='pie' attends to a pie.hf.TieredCache made for it: pass "
@@ -116,7 +109,7 @@ def mask(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """What the models' mask-making calls for "pie": the 2-D padding mask, None where it hides nothing.
+    """The mask that models get for "pie": the 2-D padding mask, None where it hides nothing.
 
     Causality needs no mask. Any other pattern (sliding windows, chunks, packed sequences, images)
     is refused.
@@ -131,8 +124,8 @@ def mask(
         return None
     if attention_mask.dim() != 2 or attention_mask.shape[1] < kv_length:
         raise ConfigError(
-            f"attention_mask has shape {list(attention_mask.shape)}: it must be [batch, tokens] and "
-            f"cover the {kv_length} tokens of cache and input."
+            f"attention_mask has shape {list(attention_mask.shape)}: it must be [batch, tokens] "
+            f"and cover the {kv_length} tokens of cache and input."
         )
     attention_mask = attention_mask[:, :kv_length].bool()
     return None if bool(attention_mask.all()) else attention_mask

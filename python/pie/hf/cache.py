@@ -25,7 +25,7 @@ from pie.hf.attention import PendingKV
 
 
 def geometry(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """(layers, KV heads, head_dim) of a model's KV; raises ConfigError for one that Pie cannot hold."""
+    """(layers, KV heads, head_dim) of a model's KV; ConfigError where Pie cannot hold it."""
     config = config.get_text_config(decoder=True)
     what = _unsupported(config)
     if what is not None:
@@ -82,7 +82,7 @@ class TieredCache(Cache):
         text_config = config.get_text_config(decoder=True)
         dtype = dtype if dtype is not None else getattr(text_config, "dtype", None)
         if dtype is None:
-            raise ConfigError("The config names no dtype: give the model's, as in dtype=model.dtype.")
+            raise ConfigError("The config names no dtype: give dtype=model.dtype.")
         self.in_place = text_config._attn_implementation == "pie"
         self.kv = TieredKVCache(
             layers,
@@ -146,7 +146,7 @@ class TieredCache(Cache):
         mask: torch.Tensor | None,
         scaling: float | None,
     ) -> torch.Tensor:
-        """Appends a layer's K and V and attends; `[batch, tokens, heads, head_dim]`. Called by "pie"."""
+        """Appends a layer's K and V and attends; for the attention function "pie" to call."""
         batch, heads, tokens, head_dim = query.shape
         if layer != self._due:
             raise LogicError(f"Layer {layer} attends where layer {self._due} is due.")
@@ -189,7 +189,7 @@ class TieredCache(Cache):
     # What `generate` and users call between forward passes.
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last -n tokens where n is negative; keeps the first n where it is positive."""
+        """Removes the last -n tokens where n is negative, keeps the first n where positive."""
         self._take_back()
         count = int(tokens_to_remove)
         length = min(count, self._length) if count > 0 else max(0, self._length + count)
@@ -288,7 +288,9 @@ class TieredCache(Cache):
             )
         gains = [self._length + new - max(pad, self._length) for pad in pads]
         if not any(gains):
-            raise ConfigError("Every token of this forward pass is padding: leave such columns out.")
+            raise ConfigError(
+                "All tokens of this forward pass are padding: leave such columns out."
+            )
         entries = [
             (sequence, gain)
             for sequence, gain in zip(self._sequences, gains, strict=True)
@@ -323,8 +325,8 @@ class TieredCache(Cache):
         self._broke_at = 0 if again else broke_at
         if again:
             raise ConfigError(
-                f"Two forward passes in a row updated {broke_at} of the {len(self)} layers that the "
-                "config names: every layer must have attention with K and V of its own."
+                f"Two forward passes in a row updated {broke_at} of the {len(self)} layers that "
+                "the config names: every layer must have attention with K and V of its own."
             )
 
     def _pads_of(self, mask: torch.Tensor | None, batch: int, new: int) -> list[int]:
@@ -368,6 +370,6 @@ class TieredCache(Cache):
 
 
 def _packed(states: torch.Tensor) -> torch.Tensor:
-    """`[batch, heads, tokens, head_dim]` to `[batch * tokens, heads, head_dim]`, copied if need be."""
+    """`[batch, heads, tokens, head_dim]` as `[batch * tokens, heads, head_dim]`."""
     rows = states.transpose(1, 2).flatten(0, 1)
     return rows if rows.stride(2) == 1 else rows.contiguous()

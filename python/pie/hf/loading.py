@@ -38,7 +38,7 @@ def load(
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
         geometry(config)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             dtype=torch_dtype(dtype),
@@ -57,6 +57,7 @@ def load(
             f"{name} cannot be loaded with attn_implementation={attn_implementation!r}: "
             f"{_first_line(error)}"
         ) from error
+    model, info = loaded
     for what in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(what):
             some = ", ".join(str(key) for key in sorted(info[what], key=str)[:3])
@@ -123,7 +124,7 @@ def _probe_in_chunks(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tenso
     budget = roomy_bytes(*geometry(model.config), model.dtype, [tokens, tokens])
     options: dict[str, Any] = {"device_bytes": budget, "pool_bytes": None, "policy": "off"}
     with TieredCache(model.config, model.dtype, **options) as cache, torch.no_grad():
-        end = 0
+        end, logits = 0, torch.empty(0)
         for chunk in _PROBE_CHUNKS:
             begin, end = end, end + chunk
             part = {key: value[:, begin:end] for key, value in inputs.items()}
@@ -146,7 +147,7 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
             raise ConfigError(f"{name} holds no config.json, so it is not the folder of a model.")
         return str(path), {}
     if path.is_absolute() or name.count("/") > 1 or name.startswith(".") or path.suffix == ".gguf":
-        raise ConfigError(f"{name} does not exist: name a model's folder, a .gguf file or a hub id.")
+        raise ConfigError(f"{name} does not exist: name a folder, a .gguf file or a hub id.")
     return name, {}
 
 
