@@ -150,12 +150,13 @@ void BlockMap::drop(const BlockKey& key) {
   set_state(block, BlockState::empty);
 }
 
-FrameIndex BlockMap::take_pool_frame(LayerBlocks& layer, std::uint32_t extent_frames_max) {
+FrameIndex BlockMap::take_pool_frame(LayerBlocks& layer, std::uint32_t needed,
+                                     std::uint32_t extent_frames_max) {
   if (layer.extent.count == 0) {
     // Extents grow with the layer's length, so short sequences waste little and long ones lie in
     // few pieces.
-    const auto blocks = static_cast<std::uint32_t>(layer.blocks.size());
-    const std::uint32_t want = std::clamp(blocks / 2, std::uint32_t{1}, extent_frames_max);
+    const std::uint32_t half = static_cast<std::uint32_t>(layer.blocks.size()) / 2;
+    const std::uint32_t want = std::clamp(std::max(needed, half), 1U, extent_frames_max);
     layer.extent = pool_.acquire_run(want);
     if (layer.extent.count == 0) return no_frame;
     set_aside_ += layer.extent.count;

@@ -75,19 +75,27 @@ FrameRun FramePool::next_run_below(FrameIndex end) const {
   return {bottom, top - bottom};
 }
 
-FrameRun FramePool::acquire_run(std::uint32_t want) {
-  if (free_ == 0 || want == 0) return {};
+// Next fit, downwards from where the last run was taken and once around: a ring that is released in
+// the order it was taken stays in adjacent pieces.
+FrameRun FramePool::find_run(std::uint32_t want, FrameIndex floor) const {
   FrameRun best;
-  // Next fit, downwards from where the last run was taken and once around: a ring that is released
-  // in the order it was taken stays in adjacent pieces.
   for (const FrameIndex start : {std::min(run_end_, limit_), limit_}) {
-    for (FrameIndex end = start; best.count < want && end > 0;) {
-      const FrameRun run = next_run_below(end);
+    for (FrameIndex end = start; end > floor;) {
+      FrameRun run = next_run_below(end);
+      if (run.count == 0 || run.end() <= floor) break;
+      end = run.first;
+      run = {std::max(run.first, floor), run.end() - std::max(run.first, floor)};
       if (run.count > best.count) best = run;
-      end = run.count == 0 ? 0 : run.first;
+      if (best.count >= want) return best;
     }
-    if (best.count >= want) break;
   }
+  return best;
+}
+
+FrameRun FramePool::acquire_run(std::uint32_t want, FrameIndex floor) {
+  if (free_ == 0 || want == 0) return {};
+  FrameRun best = find_run(want, floor);
+  if (best.count == 0) best = find_run(want, 0);
   const std::uint32_t count = std::min(best.count, want);
   const FrameRun taken{best.end() - count, count};
   for (FrameIndex frame = taken.first; frame < taken.end(); ++frame) mark(frame, false);

@@ -119,6 +119,7 @@ void Scheduler::begin(std::span<const Growth> batch, std::uint32_t staging_frame
   layer_ = 0;
   apply(plan_);
   reserve_staging(staging_frames);
+  clear_ring();
 }
 
 void Scheduler::apply(const Plan& plan) {
@@ -183,18 +184,42 @@ void Scheduler::reserve_staging(std::uint32_t frames) {
   device.set_limit(limit);
 }
 
-// Moves the block in `frame` below `limit`, or discards it where that is free.
+// Streamed runs are as long as the free space is in one piece: what lies where the ring belongs, at
+// the top of what is usable, moves down into the holes that evictions left.
+void Scheduler::clear_ring() {
+  const FrameIndex begin = ring_begin();
+  for (FrameIndex frame = begin; frame < map_.device().limit(); ++frame) {
+    if (!map_.device().is_free(frame)) move_below(frame, begin);
+  }
+}
+
+FrameIndex Scheduler::ring_begin() const {
+  const FrameIndex end = map_.device().limit();
+  return end - std::min(end, plan_.ring_frames);
+}
+
+// Copies a resident block at rest into a free frame below `limit`; false where it cannot.
+bool Scheduler::move_below(FrameIndex frame, FrameIndex limit) {
+  const BlockKey key = map_.owner(frame);
+  const Block& block = BlockMap::at(key);
+  if (block.in_flight() || block.ring) return false;
+  const FrameIndex to = map_.device().acquire();
+  if (to == no_frame) return false;
+  if (to >= limit) {
+    map_.device().release(to);
+    return false;
+  }
+  std::memcpy(backend_.address(to), backend_.address(frame), geometry_.frame_bytes());
+  map_.relocate(key, to);
+  return true;
+}
+
+// Moves the block in `frame` below `limit`, or discards it where it has a copy.
 void Scheduler::vacate(FrameIndex frame, std::uint32_t limit) {
   while (!map_.device().is_free(frame)) {
     const BlockKey key = map_.owner(frame);
     const Block& block = BlockMap::at(key);
-    const FrameIndex to = block.in_flight() || block.ring ? no_frame : map_.device().acquire();
-    if (to < limit) {
-      std::memcpy(backend_.address(to), backend_.address(frame), geometry_.frame_bytes());
-      map_.relocate(key, to);
-      continue;
-    }
-    if (to != no_frame) map_.device().release(to);
+    if (move_below(frame, limit)) continue;
     if (block.in_flight()) {
       wait();
     } else if (block.state == BlockState::clean) {
@@ -287,7 +312,7 @@ void Scheduler::fetch(std::size_t visit, std::uint32_t index, LayerReader& reade
   }
   if (!pieces_.empty()) {
     flush(reader);  // compute what is there while the rest arrives
-  } else if (block.state == BlockState::pooled) {
+  } else if (block.state == BlockState::pooled && !transfers_.any()) {
     make_room();
   } else {
     wait();
@@ -344,28 +369,37 @@ void Scheduler::pump() {
     const std::uint32_t layer = cursor_.layer % geometry_.layers;
     const LayerBlocks& blocks = sequence.layers[layer];
     const bool ring = cursor_.block < blocks.streamed;
-    std::uint32_t want = copy_frames_;
-    if (ring) {
-      const std::uint32_t used = map_.ring_frames();
-      if (used >= plan_.ring_frames) return;
-      want = std::min({want, plan_.ring_frames - used, blocks.streamed - cursor_.block});
+    const auto end = ring ? blocks.streamed : static_cast<std::uint32_t>(blocks.blocks.size());
+    std::uint32_t want = 1;
+    while (want < copy_frames_ && cursor_.block + want < end &&
+           blocks.blocks[cursor_.block + want].state == BlockState::pooled) {
+      ++want;
     }
-    std::uint32_t run = 1;
-    while (run < want && cursor_.block + run < blocks.blocks.size() &&
-           blocks.blocks[cursor_.block + run].state == BlockState::pooled) {
-      ++run;
-    }
-    const FrameRun frames = map_.device().acquire_run(run);
-    if (frames.count == 0) {
-      if (!evict_surplus(true)) return;
-      continue;
-    }
+    const FrameRun frames = take_run(want, ring);
+    if (frames.count == 0) return;
     transfers_.load(sequence, layer, cursor_.block, frames, ring);
     for (std::uint32_t i = 0; ring && i < frames.count; ++i) {
       loaded_.push_back({&sequence, layer, cursor_.block + i});
     }
     cursor_.block += frames.count;
   }
+}
+
+// Frames for a load of `want` blocks. While other transfers run it is all or nothing: what is read
+// and released in the meantime adds up to large copies again, where taking each crumb at once would
+// keep the ring in crumbs for ever. With nothing under way, any run will do.
+FrameRun Scheduler::take_run(std::uint32_t want, bool ring) {
+  const std::uint32_t used = map_.ring_frames();
+  const std::uint32_t room = plan_.ring_frames - std::min(plan_.ring_frames, used);
+  const std::uint32_t fits = ring ? std::min(want, room) : want;
+  if (fits < want && transfers_.any() && want <= plan_.ring_frames / 2) return {};
+  FrameRun frames = map_.device().acquire_run(fits, ring ? ring_begin() : 0);
+  while (frames.count == 0 && fits > 0 && evict_surplus(true)) {
+    frames = map_.device().acquire_run(fits, ring ? ring_begin() : 0);
+  }
+  if (frames.count == fits || !transfers_.any() || fits > plan_.ring_frames / 2) return frames;
+  map_.device().release(frames);
+  return {};
 }
 
 // ---- room on the device -------------------------------------------------------------------------
@@ -477,7 +511,7 @@ void Scheduler::write_full(Sequence& sequence, std::uint32_t layer, std::uint32_
     std::uint32_t b = blocks.written;
     for (; b < limit && frames.size() < copy_frames_; ++b) {
       if (blocks.blocks[b].state != BlockState::dirty) break;
-      const FrameIndex frame = take_pool_frame(blocks);
+      const FrameIndex frame = take_pool_frame(blocks, std::max(limit, blocks.streamed) - b);
       if (frame == no_frame) break;
       frames.push_back(frame);
     }
@@ -492,9 +526,9 @@ void Scheduler::write_full(Sequence& sequence, std::uint32_t layer, std::uint32_
   }
 }
 
-FrameIndex Scheduler::take_pool_frame(LayerBlocks& layer) {
+FrameIndex Scheduler::take_pool_frame(LayerBlocks& layer, std::uint32_t needed) {
   for (;;) {
-    const FrameIndex frame = map_.take_pool_frame(layer, copy_frames_);
+    const FrameIndex frame = map_.take_pool_frame(layer, needed, copy_frames_);
     if (frame != no_frame) return frame;
     if (grow_pool(map_.pool().limit() + 1)) continue;
     if (map_.release_extents() == 0 && !reclaim_pool()) return no_frame;
@@ -552,6 +586,7 @@ void Scheduler::finish() {
   }
   while (evict_surplus(false)) {
   }
+  clear_ring();
   cursor_.layer -= std::min(cursor_.layer, geometry_.layers);
   layer_ = 0;
   wave_ = 0;

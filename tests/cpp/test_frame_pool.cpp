@@ -34,6 +34,14 @@ TEST(FramePool, ARunIsTheLongestThereIsWhereNoneIsLongEnough) {
   EXPECT_EQ(pool.acquire(), no_frame);
 }
 
+TEST(FramePool, ARunKeepsAboveItsFloorWhileAnythingIsFreeThere) {
+  FramePool pool(100, 100);
+  EXPECT_EQ(pool.acquire_run(20, 90), (FrameRun{90, 10}));
+  EXPECT_EQ(pool.acquire_run(20, 90), (FrameRun{70, 20}));
+  pool.release(FrameRun{93, 2});
+  EXPECT_EQ(pool.acquire_run(20, 90), (FrameRun{93, 2}));
+}
+
 TEST(FramePool, ARingReleasedInOrderStaysInPieces) {
   FramePool pool(100, 100);
   std::vector<FrameRun> ring;
@@ -61,7 +69,7 @@ TEST(FramePool, MatchesAModelUnderRandomUse) {
         break;
       }
       case 1: {
-        const FrameRun run = pool.acquire_run(1 + random() % 40);
+        const FrameRun run = pool.acquire_run(1 + random() % 40, random() % 300);
         for (FrameIndex f = run.first; f < run.end() && run.count > 0; ++f) {
           ASSERT_TRUE(used.insert(f).second);
         }

@@ -110,7 +110,9 @@ class BlockMap {
   void drop(const BlockKey& key);
 
   // A pool frame for the layer's next block, from its extent; no_frame where the pool is full.
-  FrameIndex take_pool_frame(LayerBlocks& layer, std::uint32_t extent_frames_max);
+  // `needed` says how many more blocks are about to ask.
+  FrameIndex take_pool_frame(LayerBlocks& layer, std::uint32_t needed,
+                             std::uint32_t extent_frames_max);
   // Takes back what is set aside and unused; returns the frames freed.
   std::uint32_t release_extents();
   void release_extent(LayerBlocks& layer);

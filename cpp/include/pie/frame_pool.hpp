@@ -23,9 +23,10 @@ class FramePool {
   // The given frame if it is free.
   bool acquire_at(FrameIndex frame);
 
-  // A run of 1 to `want` adjacent frames: the first from the top that holds `want`, else the longest
-  // there is. `count` 0 where nothing is free.
-  FrameRun acquire_run(std::uint32_t want);
+  // A run of 1 to `want` adjacent frames at or above `floor`: the first from the top that holds
+  // `want`, else the longest there is. Where nothing is free there, one below; `count` 0 where
+  // nothing is free at all.
+  FrameRun acquire_run(std::uint32_t want, FrameIndex floor = 0);
 
   // Throws LogicError for a frame that is not in use.
   void release(FrameIndex frame);
@@ -48,6 +49,7 @@ class FramePool {
  private:
   void mark(FrameIndex frame, bool free);
   [[nodiscard]] FrameRun next_run_below(FrameIndex end) const;
+  [[nodiscard]] FrameRun find_run(std::uint32_t want, FrameIndex floor) const;
 
   std::uint32_t capacity_;
   std::uint32_t limit_;

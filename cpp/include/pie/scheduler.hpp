@@ -116,6 +116,9 @@ class Scheduler {
   [[nodiscard]] std::uint32_t held_block(const Sequence& sequence) const;
   void set_streamed(Sequence& sequence, std::uint32_t layer, std::uint32_t streamed);
   void reserve_staging(std::uint32_t frames);
+  void clear_ring();
+  [[nodiscard]] FrameIndex ring_begin() const;
+  bool move_below(FrameIndex frame, FrameIndex limit);
   void vacate(FrameIndex frame, std::uint32_t limit);
 
   void append(const Visit& visit, LayerReader& reader);
@@ -126,6 +129,7 @@ class Scheduler {
 
   [[nodiscard]] bool seek_pooled();
   void pump();
+  [[nodiscard]] FrameRun take_run(std::uint32_t want, bool ring);
   [[nodiscard]] FrameIndex take_frame();
   void make_room();
   void write_or_wait();
@@ -135,7 +139,7 @@ class Scheduler {
   [[nodiscard]] bool write_any();
 
   void write_full(Sequence& sequence, std::uint32_t layer, std::uint32_t limit);
-  [[nodiscard]] FrameIndex take_pool_frame(LayerBlocks& layer);
+  [[nodiscard]] FrameIndex take_pool_frame(LayerBlocks& layer, std::uint32_t needed);
   [[nodiscard]] bool grow_pool(std::uint32_t frames);
   [[nodiscard]] bool reclaim_pool();
 
