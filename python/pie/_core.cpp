@@ -43,8 +43,13 @@ nb::dlpack::dtype dlpack_dtype(pie::DType dtype) {
           1};
 }
 
+// Torch says where a tensor lies as a number.
+void* pointer_to(std::uintptr_t address) {
+  return reinterpret_cast<void*>(address);  // NOLINT(performance-no-int-to-ptr)
+}
+
 pie::Rows rows_at(std::uintptr_t data, std::int64_t row_stride, std::int64_t head_stride) {
-  return {reinterpret_cast<const void*>(data), row_stride, head_stride};
+  return {pointer_to(data), row_stride, head_stride};
 }
 
 nb::dict to_dict(const pie::Stats& stats) {
@@ -188,8 +193,7 @@ void bind_functions(nb::module_& module) {
 
 // The three matrices are (address, row stride, head stride), strides in elements.
 void bind_step(nb::class_<Cache>& cache) {
-  cache
-      .def("begin", &begin, "batch"_a, "gather"_a, "Opens a step over (sequence, new tokens).")
+  cache.def("begin", &begin, "batch"_a, "gather"_a, "Opens a step over (sequence, new tokens).")
       .def(
           "attend",
           [](Cache& self, std::uint32_t layer, std::uintptr_t k, std::int64_t k_row,
@@ -199,9 +203,8 @@ void bind_step(nb::class_<Cache>& cache) {
              std::uintptr_t lse) {
             self.enter([&](auto& tiered) {
               tiered.attend(layer, {rows_at(k, k_row, k_head), rows_at(v, v_row, v_head)},
-                            rows_at(q, q_row, q_head),
-                            {reinterpret_cast<void*>(out), out_row, out_head}, query_heads, scale,
-                            reinterpret_cast<float*>(lse));
+                            rows_at(q, q_row, q_head), {pointer_to(out), out_row, out_head},
+                            query_heads, scale, static_cast<float*>(pointer_to(lse)));
             });
           },
           "layer"_a, "k"_a, "k_row"_a, "k_head"_a, "v"_a, "v_row"_a, "v_head"_a, "q"_a, "q_row"_a,
@@ -217,15 +220,16 @@ void bind_step(nb::class_<Cache>& cache) {
           nb::sig("def gather(self, layer: int, k: int, k_row: int, k_head: int, v: int, v_row: "
                   "int, v_head: int) -> tuple[typing.Any, typing.Any]"),
           "Appends one layer's K and V and returns all of them, as arrays that DLPack can take.")
-      .def("finish", [](Cache& self) { self.enter([](auto& tiered) { tiered.finish(); }); },
-           "Ends the step: lengths advance.")
-      .def("abort", [](Cache& self) { self.enter([](auto& tiered) { tiered.abort(); }); },
-           "Takes the step's appends back.")
-      .def("in_step",
-           [](Cache& self) {
-             return self.enter([](auto& tiered) { return tiered.in_step(); });
-           },
-           "Whether a step is open.");
+      .def(
+          "finish", [](Cache& self) { self.enter([](auto& tiered) { tiered.finish(); }); },
+          "Ends the step: lengths advance.")
+      .def(
+          "abort", [](Cache& self) { self.enter([](auto& tiered) { tiered.abort(); }); },
+          "Takes the step's appends back.")
+      .def(
+          "in_step",
+          [](Cache& self) { return self.enter([](auto& tiered) { return tiered.in_step(); }); },
+          "Whether a step is open.");
 }
 
 void bind_cache(nb::module_& module) {
@@ -234,31 +238,36 @@ void bind_cache(nb::module_& module) {
       .def("__init__", &construct, "layers"_a, "kv_heads"_a, "head_dim"_a, "block_tokens"_a,
            "dtype"_a, "device_bytes"_a, "pool_bytes"_a, "pool_dir"_a, "policy"_a,
            nb::call_guard<nb::gil_scoped_release>())
-      .def("add",
-           [](Cache& self) { return self.enter([](auto& tiered) { return tiered.add(); }); },
-           "Makes an empty sequence.")
-      .def("truncate",
-           [](Cache& self, std::uint64_t sequence, std::uint32_t tokens) {
-             self.enter([&](auto& tiered) { tiered.truncate(sequence, tokens); });
-           },
-           "sequence"_a, "tokens"_a, "Keeps the first tokens of a sequence.")
-      .def("free",
-           [](Cache& self, std::uint64_t sequence) {
-             self.enter([&](auto& tiered) { tiered.free(sequence); });
-           },
-           "sequence"_a, "Forgets a sequence.")
-      .def("length",
-           [](Cache& self, std::uint64_t sequence) {
-             return self.enter([&](auto& tiered) { return tiered.length(sequence); });
-           },
-           "sequence"_a, "Tokens that a sequence holds.")
-      .def("stats",
-           [](Cache& self) {
-             return to_dict(self.enter([](auto& tiered) { return tiered.stats(); }));
-           },
-           nb::sig("def stats(self) -> dict[str, int | float | str]"), "Counters and gauges.")
-      .def("check", [](Cache& self) { self.enter([](auto& tiered) { tiered.check(); }); },
-           "Raises LogicError naming the first invariant that does not hold.")
+      .def(
+          "add", [](Cache& self) { return self.enter([](auto& tiered) { return tiered.add(); }); },
+          "Makes an empty sequence.")
+      .def(
+          "truncate",
+          [](Cache& self, std::uint64_t sequence, std::uint32_t tokens) {
+            self.enter([&](auto& tiered) { tiered.truncate(sequence, tokens); });
+          },
+          "sequence"_a, "tokens"_a, "Keeps the first tokens of a sequence.")
+      .def(
+          "free",
+          [](Cache& self, std::uint64_t sequence) {
+            self.enter([&](auto& tiered) { tiered.free(sequence); });
+          },
+          "sequence"_a, "Forgets a sequence.")
+      .def(
+          "length",
+          [](Cache& self, std::uint64_t sequence) {
+            return self.enter([&](auto& tiered) { return tiered.length(sequence); });
+          },
+          "sequence"_a, "Tokens that a sequence holds.")
+      .def(
+          "stats",
+          [](Cache& self) {
+            return to_dict(self.enter([](auto& tiered) { return tiered.stats(); }));
+          },
+          nb::sig("def stats(self) -> dict[str, int | float | str]"), "Counters and gauges.")
+      .def(
+          "check", [](Cache& self) { self.enter([](auto& tiered) { tiered.check(); }); },
+          "Raises LogicError naming the first invariant that does not hold.")
       .def("close", &Cache::close, "Gives all memory back.")
       .def("closed", &Cache::closed, "Whether close() was called.");
   bind_step(cache);

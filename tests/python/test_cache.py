@@ -1,0 +1,510 @@
+"""TieredKVCache against attention over plain tensors, and against what is done wrong with it."""
+
+import contextlib
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import pie
+from pie.cache import kv_bytes
+
+LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM = 3, 6, 2, 32
+ROOMY, TIGHT = "8MiB", "256KiB"
+
+
+def make(device_bytes: int | str = ROOMY, dtype: object = "f32", **options: object):
+    options.setdefault("pool_bytes", "64MiB")
+    return pie.TieredKVCache(
+        LAYERS, KV_HEADS, HEAD_DIM, dtype, device_bytes=device_bytes, **options
+    )
+
+
+@pytest.fixture
+def cache() -> Iterator[pie.TieredKVCache]:
+    with make() as made:
+        yield made
+        made.check()
+
+
+class Reference:
+    """K and V simply kept, and attention over them in float64."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def attend(self, layer, entries, q, k, v, scale=HEAD_DIM**-0.5):
+        outs, lses = [], []
+        new = [tokens for _, tokens in entries]
+        pieces = zip(entries, q.split(new), k.split(new), v.split(new), strict=True)
+        for (sequence, _), q_row, k_row, v_row in pieces:
+            old = self.kept.get((sequence, layer), (k_row[:0], v_row[:0]))
+            keys, values = torch.cat([old[0], k_row]), torch.cat([old[1], v_row])
+            self.kept[sequence, layer] = keys, values
+            group = q.shape[1] // KV_HEADS
+            wide = [x.double().repeat_interleave(group, 1).transpose(0, 1) for x in (keys, values)]
+            scores = q_row.double().transpose(0, 1) @ wide[0].transpose(1, 2) * scale
+            hidden = torch.ones(scores.shape[1:]).triu(len(keys) - len(q_row) + 1).bool()
+            scores = scores.masked_fill(hidden, -torch.inf)
+            outs.append((scores.softmax(-1) @ wide[1]).transpose(0, 1))
+            lses.append(scores.logsumexp(-1).transpose(0, 1))
+        return torch.cat(outs), torch.cat(lses)
+
+
+def random_rows(tokens: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    heads = (QUERY_HEADS, KV_HEADS, KV_HEADS)
+    return [torch.randn(tokens, n, HEAD_DIM).to(dtype) for n in heads]
+
+
+def run_step(cache, entries, reference=None, dtype=torch.float32) -> list[torch.Tensor]:
+    outs = []
+    with cache.step(entries) as step:
+        for layer in range(LAYERS):
+            q, k, v = random_rows(sum(tokens for _, tokens in entries), dtype)
+            outs.append(step.attend(layer, q, k, v))
+            if reference is not None:
+                expected, _ = reference.attend(layer, entries, q, k, v)
+                error = (outs[-1].double() - expected).norm() / expected.norm()
+                assert error < (1e-5 if dtype is torch.float32 else 2e-2)
+    return outs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device_bytes", [ROOMY, TIGHT])
+def test_attends_like_plain_tensors(dtype: torch.dtype, device_bytes: str) -> None:
+    torch.manual_seed(0)
+    reference = Reference()
+    with make(device_bytes, dtype) as cache:
+        a, b, c = (cache.add() for _ in range(3))
+        for entries in (
+            [(a, 200), (b, 33)],
+            [(b, 1), (a, 1)],
+            [(c, 90)],
+            [(a, 1), (b, 1), (c, 1)],
+            [(a, 40), (b, 1), (c, 7)],
+            [(a, 1), (b, 1), (c, 1)],
+        ):
+            run_step(cache, entries, reference, dtype)
+            cache.check()
+        assert [cache.length(s) for s in (a, b, c)] == [243, 37, 99]
+        streamed = cache.stats().streamed_bytes
+        assert streamed > 0 if device_bytes == TIGHT else streamed == 0
+
+
+@pytest.mark.parametrize("policy", ["fit", "fixed:0.5", "fixed:1", "off"])
+def test_bits_do_not_depend_on_the_plan(policy: str) -> None:
+    def decode(**options: object) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        with make(**options) as cache:
+            sequence = cache.add()
+            outs = run_step(cache, [(sequence, 150)])
+            for _ in range(20):
+                outs += run_step(cache, [(sequence, 1)])
+            return outs
+
+    expected = decode()
+    for options in ({"policy": policy}, {"device_bytes": TIGHT, "block_tokens": 16}):
+        for found, wanted in zip(decode(**options), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_lse_scale_and_out(cache: pie.TieredKVCache) -> None:
+    sequence, reference = cache.add(), Reference()
+    out = torch.full((9, 10, HEAD_DIM), 7.0)[:, 2:8]
+    with cache.step([(sequence, 9)]) as step:
+        for layer in range(LAYERS):
+            q, k, v = random_rows(9)
+            found, lse = step.attend(layer, q, k, v, scale=0.3, out=out, return_lse=True)
+            expected, expected_lse = reference.attend(layer, [(sequence, 9)], q, k, v, 0.3)
+            assert found is out
+            torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-5)
+    assert (out._base[:, :2] == 7).all()
+    assert (out._base[:, 8:] == 7).all()
+
+
+def test_strides_are_free(cache: pie.TieredKVCache) -> None:
+    a, b = cache.add(), cache.add()
+    heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in random_rows(5)]
+    wide = [torch.cat([x, x], dim=2)[:, :, :HEAD_DIM] for x in heads_first]
+    assert not any(x.is_contiguous() for x in heads_first + wide)
+    plain = [x.contiguous() for x in heads_first]
+    with cache.step([(a, 5)]) as step:
+        expected = [step.attend(layer, *plain) for layer in range(LAYERS)]
+    with cache.step([(b, 5)]) as step:
+        for layer in range(LAYERS):
+            rows = wide if layer % 2 else heads_first
+            assert torch.equal(step.attend(layer, *rows), expected[layer])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gather_returns_all_of_k_and_v(dtype: torch.dtype) -> None:
+    with make("512KiB", dtype) as cache:
+        a, b = cache.add(), cache.add()
+        kept: dict[tuple[int, int], list[list[torch.Tensor]]] = {}
+        for entries in ([(a, 90), (b, 20)], [(a, 1), (b, 3)], [(b, 1), (a, 1)]):
+            with cache.step(entries, reader="gather") as step:
+                for layer in range(LAYERS):
+                    new = [tokens for _, tokens in entries]
+                    _, k, v = random_rows(sum(new), dtype)
+                    got = step.gather(layer, k, v)
+                    for which, (rows, found) in enumerate(zip((k, v), got, strict=True)):
+                        assert found.dtype is dtype
+                        for row, (sequence, _) in enumerate(entries):
+                            pieces = kept.setdefault((sequence, layer), [[], []])[which]
+                            pieces.append(rows.split(new)[row])
+                            whole = torch.cat(pieces).transpose(0, 1)
+                            length = whole.shape[1]
+                            assert torch.equal(found[row, :, :length], whole)
+                            assert not found[row, :, length:].any()
+        cache.check()
+
+
+def test_tensors_of_gather_outlive_close() -> None:
+    cache = make()
+    sequence = cache.add()
+    _, k, v = random_rows(4)
+    with cache.step([(sequence, 4)], reader="gather") as step:
+        for layer in range(LAYERS):
+            keys, _ = step.gather(layer, k, v)
+    cache.close()
+    gc.collect()
+    assert torch.equal(keys[0], k.transpose(0, 1))  # the memory is still there
+
+
+def test_truncate_and_free(cache: pie.TieredKVCache) -> None:
+    sequence, reference = cache.add(), Reference()
+    run_step(cache, [(sequence, 70)], reference)
+    cache.truncate(sequence, 35)
+    assert cache.length(sequence) == 35
+    reference.kept = {key: (k[:35], v[:35]) for key, (k, v) in reference.kept.items()}
+    run_step(cache, [(sequence, 2)], reference)
+    cache.free(sequence)
+    assert cache.stats().kv_bytes == 0
+    assert cache.add() != sequence
+
+
+def test_stats(cache: pie.TieredKVCache) -> None:
+    sequence = cache.add()
+    run_step(cache, [(sequence, 10)])
+    run_step(cache, [(sequence, 1)])
+    stats = cache.stats()
+    assert stats.kv_bytes == stats["kv_bytes"] == kv_bytes(LAYERS, KV_HEADS, HEAD_DIM, "f32", 11)
+    assert (stats.steps, stats.decode_steps, stats.decode_tokens) == (2, 1, 1)
+    assert 0 < stats.device_bytes_peak <= stats.device_bytes <= 8 << 20
+    promised = "device_bytes_peak pool_bytes_peak streamed_bytes written_bytes stall_fraction"
+    promised += " decode_tokens_per_s pool_io policy attention_isa block_tokens"
+    assert set(promised.split()) <= set(stats)
+    with pytest.raises(AttributeError, match="no 'nothing'"):
+        _ = stats.nothing
+
+
+def test_device_budget_holds_while_the_pool_grows() -> None:
+    with make(TIGHT) as cache:
+        sequence = cache.add()
+        for _ in range(8):
+            run_step(cache, [(sequence, 100)])
+        stats = cache.stats()
+        assert stats.kv_bytes > stats.device_bytes
+        assert stats.device_bytes_peak <= 256 << 10
+        assert stats.pool_bytes_peak > 0
+        assert stats.written_bytes > 0
+
+
+# What is done wrong.
+
+
+@pytest.mark.parametrize("size", [0, -4, "0", "nothing", None, 1.5])
+def test_bad_device_bytes(size: object) -> None:
+    with pytest.raises(pie.ConfigError, match="device_bytes"):
+        make(size)
+
+
+@pytest.mark.parametrize("size", [-4, "much", 2.5])
+def test_bad_pool_bytes(size: object) -> None:
+    with pytest.raises(pie.ConfigError, match="pool_bytes"):
+        make(pool_bytes=size)
+
+
+def test_budget_too_small_names_the_least_that_works() -> None:
+    with pytest.raises(pie.ConfigError, match=r"device_bytes is 1000\b") as refused:
+        make(1000)
+    sizes = [int(word) for word in str(refused.value).replace(",", " ").split() if word.isdigit()]
+    least = max(size for size in sizes if size != 1000)
+    with make(least) as cache:
+        sequence = cache.add()
+        for _ in range(50):
+            run_step(cache, [(sequence, 1)])
+        cache.check()
+        assert cache.stats().streamed_bytes > 0
+    assert least <= 3 * LAYERS * kv_bytes(1, KV_HEADS, HEAD_DIM, "f32", 16)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp4", torch.float64, torch.int32, None])
+def test_unknown_dtype(dtype: object) -> None:
+    with pytest.raises(pie.ConfigError, match=r"not supported: use one of f32, bf16, f16"):
+        make(dtype=dtype)
+
+
+def test_other_devices_are_refused() -> None:
+    with pytest.raises(pie.ConfigError, match=r"'cuda'.*'cpu' only"):
+        pie.TieredKVCache(1, 1, 64, "f32", "cuda", device_bytes="1MiB")
+
+
+@pytest.mark.parametrize("policy", ["", "lru", "fixed:", "fixed:2", "fixed:-1", "fixed:x"])
+def test_unknown_policy(policy: str) -> None:
+    with pytest.raises(pie.ConfigError, match="policy"):
+        make(policy=policy)
+
+
+@pytest.mark.parametrize("block_tokens", [-16, 0, 17, 2**40, "16"])
+def test_bad_block_tokens(block_tokens: object) -> None:
+    with pytest.raises(pie.ConfigError, match="block_tokens"):
+        make(block_tokens=block_tokens)
+
+
+@pytest.mark.parametrize("geometry", [(0, 2, 32), (3, 0, 32), (3, 2, 0), (3, 2, 33), (3.0, 2, 32)])
+def test_bad_geometry(geometry: tuple[int, int, int]) -> None:
+    with pytest.raises(pie.ConfigError, match=r"num_layers|num_kv_heads|head_dim"):
+        pie.TieredKVCache(*geometry, "f32", device_bytes=ROOMY)
+
+
+def test_missing_pool_directory(tmp_path: Path) -> None:
+    with pytest.raises(pie.ConfigError, match="nowhere"):
+        make(pool_dir=tmp_path / "nowhere")
+    with pytest.raises(pie.ConfigError, match="nowhere"):
+        make(pool_dir=tmp_path / "nowhere", pool_bytes="auto")
+
+
+def test_file_as_pool_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(pie.ConfigError, match="file"):
+        make(pool_dir=tmp_path / "file")
+
+
+def test_unwritable_pool_directory() -> None:
+    with pytest.raises(pie.ConfigError, match="/proc"):
+        make(pool_dir="/proc")
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="there is no tmpfs at /dev/shm")
+def test_tmpfs_must_be_asked_for() -> None:
+    with pytest.raises(pie.ConfigError, match="tmpfs:"):
+        make(pool_dir="/dev/shm")
+    with make(TIGHT, pool_dir="tmpfs:/dev/shm") as cache:
+        sequence = cache.add()
+        for _ in range(5):
+            run_step(cache, [(sequence, 100)])
+        assert "buffered" in cache.stats().pool_io
+
+
+def test_pool_leaves_no_file(tmp_path: Path) -> None:
+    with make(TIGHT, pool_dir=tmp_path) as cache:
+        sequence = cache.add()
+        for _ in range(5):
+            run_step(cache, [(sequence, 100)])
+        assert cache.stats().pool_bytes_used > 0
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("pool_bytes", [None, "512KiB"])
+def test_exhausted_tiers_lose_nothing(pool_bytes: str | None) -> None:
+    torch.manual_seed(5)
+    reference = Reference()
+    with make(TIGHT, pool_bytes=pool_bytes) as cache:
+        sequence = cache.add()
+        run_step(cache, [(sequence, 60)], reference)
+        with pytest.raises(pie.CapacityError, match=r"tier|pool|device"):
+            run_step(cache, [(sequence, 5000)])
+        assert cache.length(sequence) == 60
+        cache.check()
+        run_step(cache, [(sequence, 1)], reference)
+        assert cache.length(sequence) == 61
+
+
+def test_use_after_free(cache: pie.TieredKVCache) -> None:
+    sequence = cache.add()
+    cache.free(sequence)
+    for call in (
+        lambda: cache.free(sequence),
+        lambda: cache.length(sequence),
+        lambda: cache.truncate(sequence, 0),
+        lambda: cache.step([(sequence, 1)]).__enter__(),
+    ):
+        with pytest.raises(pie.LogicError, match=f"sequence {sequence}"):
+            call()
+
+
+def test_use_after_close() -> None:
+    cache = make()
+    sequence = cache.add()
+    cache.close()
+    cache.close()
+    for call in (
+        cache.add,
+        cache.stats,
+        cache.check,
+        lambda: cache.length(sequence),
+        lambda: cache.step([(sequence, 1)]).__enter__(),
+    ):
+        with pytest.raises(pie.LogicError, match="closed"):
+            call()
+
+
+def test_close_inside_a_step() -> None:
+    cache = make()
+    sequence = cache.add()
+
+    def close_and_go_on() -> None:
+        with cache.step([(sequence, 1)]) as step:
+            cache.close()
+            step.attend(0, *random_rows(1))
+
+    with pytest.raises(pie.LogicError, match="closed"):
+        close_and_go_on()
+
+
+def test_step_inside_a_step(cache: pie.TieredKVCache) -> None:
+    sequence = cache.add()
+    inner = cache.step([(sequence, 1)])
+    with pytest.raises(pie.LogicError, match="step"), cache.step([(sequence, 1)]):
+        inner.__enter__()
+    assert cache.length(sequence) == 0
+
+
+def test_changing_sequences_inside_a_step(cache: pie.TieredKVCache) -> None:
+    sequence = cache.add()
+    run_step(cache, [(sequence, 3)])
+    for call in (lambda: cache.truncate(sequence, 1), lambda: cache.free(sequence)):
+        with pytest.raises(pie.LogicError, match="step"), cache.step([(sequence, 1)]):
+            call()
+    assert cache.length(sequence) == 3
+
+
+def test_bad_batches(cache: pie.TieredKVCache) -> None:
+    sequence = cache.add()
+    bad = ([], [(sequence, 1)] * 2, [(999, 1)], [(sequence, 0)], [(sequence, -1)], [("a", 1)])
+    for batch in bad:
+        with pytest.raises(pie.LogicError, match=r"batch|sequence|tokens"), cache.step(batch):
+            pass
+    run_step(cache, [(sequence, 1)])
+
+
+def test_layers_out_of_order(cache: pie.TieredKVCache) -> None:
+    sequence = cache.add()
+
+    def attend_in(layers: list[int]) -> None:
+        with cache.step([(sequence, 1)]) as step:
+            for layer in layers:
+                step.attend(layer, *random_rows(1))
+
+    for layers in ([1], [0, 0], [0, 2], [0, 1, 2, 0], [-1], [LAYERS]):
+        with pytest.raises(pie.LogicError, match="layer"):
+            attend_in(layers)
+        assert cache.length(sequence) == 0
+    attend_in([0, 1, 2])
+
+
+def test_missing_layers_take_the_step_back(cache: pie.TieredKVCache) -> None:
+    sequence, reference = cache.add(), Reference()
+    run_step(cache, [(sequence, 20)], reference)
+    with pytest.raises(pie.LogicError, match="layers"), cache.step([(sequence, 30)]) as step:
+        step.attend(0, *random_rows(30))
+    assert cache.length(sequence) == 20
+    run_step(cache, [(sequence, 1)], reference)
+
+
+def test_exception_takes_the_step_back(cache: pie.TieredKVCache) -> None:
+    sequence, reference = cache.add(), Reference()
+    run_step(cache, [(sequence, 20)], reference)
+    with contextlib.suppress(KeyError), cache.step([(sequence, 30)]) as step:
+        step.attend(0, *random_rows(30))
+        raise KeyError
+    assert cache.length(sequence) == 20
+    run_step(cache, [(sequence, 1)], reference)
+
+
+def test_outside_a_step(cache: pie.TieredKVCache) -> None:
+    q, k, v = random_rows(1)
+    with pytest.raises(pie.LogicError, match=r"attend\(\) was called outside a step"):
+        cache.attend(0, q, k, v)
+    with pytest.raises(pie.LogicError, match=r"gather\(\) was called outside a step"):
+        cache.gather(0, k, v)
+
+
+def test_reader_must_be_the_one_asked_for(cache: pie.TieredKVCache) -> None:
+    sequence = cache.add()
+    q, k, v = random_rows(1)
+    with pytest.raises(pie.LogicError, match="reader"), cache.step([(sequence, 1)]) as step:
+        step.gather(0, k, v)
+    gather = cache.step([(sequence, 1)], reader="gather")
+    with pytest.raises(pie.LogicError, match="reader"), gather as step:
+        step.attend(0, q, k, v)
+    with pytest.raises(pie.ConfigError, match="'copy'"):
+        cache.step([(sequence, 1)], reader="copy").__enter__()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q[:1], k, v), "q has shape"),
+        (lambda q, k, v: (q, k[:1], v), "k has shape"),
+        (lambda q, k, v: (q, k, v[:, :1]), "v has shape"),
+        (lambda q, k, v: (q[:, :5], k, v), "query_heads a multiple"),
+        (lambda q, k, v: (q[:, :, :16], k, v), "q has shape"),
+        (lambda q, k, v: (q.flatten(1), k, v), "q has shape"),
+        (lambda q, k, v: (q, k.double(), v), "k is torch.float64"),
+        (lambda q, k, v: (q.bfloat16(), k, v), "q is torch.bfloat16"),
+        (lambda q, k, v: (q, k, v.to("meta")), "v is on meta"),
+        (lambda q, k, v: (q, k.repeat(1, 1, 2)[:, :, ::2], v), "k is not contiguous in its last"),
+        (lambda q, k, v: (q.requires_grad_(), k, v), "q requires grad"),
+    ],
+)
+def test_wrong_tensors(cache: pie.TieredKVCache, change, message: str) -> None:
+    sequence = cache.add()
+    with pytest.raises(pie.LogicError, match=message), cache.step([(sequence, 2)]) as step:
+        step.attend(0, *change(*random_rows(2)))
+    assert cache.length(sequence) == 0
+
+
+def test_wrong_out(cache: pie.TieredKVCache) -> None:
+    sequence = cache.add()
+    with pytest.raises(pie.LogicError, match="out has shape"), cache.step([(sequence, 2)]) as step:
+        step.attend(0, *random_rows(2), out=torch.empty(2, 1, HEAD_DIM))
+
+
+def test_grad_is_fine_where_it_is_off(cache: pie.TieredKVCache) -> None:
+    sequence = cache.add()
+    with torch.no_grad(), cache.step([(sequence, 2)]) as step:
+        for layer in range(LAYERS):
+            step.attend(layer, *[x.requires_grad_() for x in random_rows(2)])
+    assert cache.length(sequence) == 2
+
+
+def test_two_threads_at_once_are_refused() -> None:
+    with make("32MiB") as cache:
+        sequence = cache.add()
+        refused: list[pie.LogicError] = []
+
+        def call(work) -> None:
+            try:
+                work()
+            except pie.LogicError as error:
+                refused.append(error)
+
+        with contextlib.suppress(KeyError), cache.step([(sequence, 3000)]) as step:
+            rows = random_rows(3000)
+            worker = threading.Thread(target=call, args=[lambda: step.attend(0, *rows)])
+            worker.start()
+            while worker.is_alive() and not refused:
+                call(cache.stats)
+            worker.join()
+            raise KeyError  # takes the step back
+        assert refused, "the long attend() and stats() never met"
+        assert "second thread" in str(refused[0])
+        run_step(cache, [(sequence, 1)])
+        cache.check()

@@ -1,0 +1,218 @@
+"""The command line on a small random model: what it prints, and how it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
+from pie.cli import main
+
+PROMPT = " ".join(f"w{n % 90 + 3}" for n in range(700))  # more than one chunk
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small Llama whose words are w3 to w94."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=95,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=None,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{n}": n for n in range(3, 95)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+class Command:
+    """Runs `pie generate` in this process."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder = folder
+        self.capsys = capsys
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr)."""
+        common = ["generate", "--model", str(self.folder), "--dtype", "f32"]
+        try:
+            code = main([*common, *arguments])
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *self.capsys.readouterr()
+
+    def json(self, *arguments: str) -> dict:
+        code, out, _ = self("--json", *arguments)
+        assert code == 0
+        return json.loads(out)
+
+
+@pytest.fixture
+def command(folder: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(folder, capsys)
+
+
+def greedy(folder: Path, prompt: str, new: int) -> list[int]:
+    """The tokens of transformers by itself."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt").input_ids
+    return model.generate(ids, max_new_tokens=new, do_sample=False)[0, ids.shape[1] :].tolist()
+
+
+def test_text_and_summary(command: Command) -> None:
+    code, out, err = command("--prompt", PROMPT, "--max-new-tokens", "9")
+    assert code == 0
+    assert out == " ".join(f"w{token}" for token in greedy(command.folder, PROMPT, 9)) + "\n"
+    assert "prompt 512/700 tokens" in err
+    assert "prompt 700/700 tokens" in err
+    last = err.splitlines()[-1]
+    for what in (
+        "9 tokens",
+        "tokens/s",
+        "stalled",
+        "device",
+        "pool 0 B at peak (none)",
+        "streamed",
+    ):
+        assert what in last
+
+
+def test_everything_fits_without_a_budget(command: Command) -> None:
+    result = command.json("--prompt", PROMPT, "--max-new-tokens", "20")
+    assert result["token_ids"] == greedy(command.folder, PROMPT, 20)
+    stats = result["stats"]
+    assert stats["pool_io"] == "none"
+    assert stats["policy"] == "off"
+    assert stats["pool_bytes_peak"] == stats["streamed_bytes"] == stats["written_bytes"] == 0
+    assert stats["device_bytes_peak"] >= stats["kv_bytes"] > 0
+    assert stats["stall_fraction"] == 0
+    assert stats["decode_tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize("policy", [[], ["--policy", "fixed:1"]])
+def test_budget_below_the_need(command: Command, tmp_path: Path, policy: list[str]) -> None:
+    options = ["--kv-device", "256KiB", "--kv-pool", "16MiB", "--pool-dir", str(tmp_path), *policy]
+    result = command.json("--prompt", PROMPT, "--max-new-tokens", "40", *options)
+    assert result["token_ids"] == greedy(command.folder, PROMPT, 40)
+    assert result["text"] == " ".join(f"w{token}" for token in result["token_ids"])
+    stats = result["stats"]
+    assert 0 < stats["device_bytes_peak"] <= 256 << 10
+    assert stats["kv_bytes"] > stats["device_bytes_peak"]
+    assert stats["pool_bytes_peak"] > 0
+    assert stats["streamed_bytes"] > stats["written_bytes"] > 0
+    assert 0 <= stats["stall_fraction"] <= 1
+
+
+def test_sampling_is_seeded(command: Command) -> None:
+    options = ["--prompt", "w7 w8", "--max-new-tokens", "30", "--temperature", "1.5"]
+    first, again, other = (command.json(*options, "--seed", seed) for seed in "112")
+    assert first["token_ids"] == again["token_ids"] != other["token_ids"]
+    narrow = command.json(*options, "--top-p", "1e-9")
+    assert narrow["token_ids"] == greedy(command.folder, "w7 w8", 30)
+
+
+def test_stops_at_the_end_token(command: Command, folder: Path, tmp_path: Path) -> None:
+    third = greedy(folder, "w7 w8", 3)[2]
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((tmp_path / "generation_config.json").read_text())
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({**settings, "eos_token_id": [2, third]})
+    )
+    command.folder = tmp_path
+    assert command.json("--prompt", "w7 w8")["token_ids"][-1] == third
+    assert len(command.json("--prompt", "w7 w8")["token_ids"]) <= 3
+
+
+def test_prompt_from_a_file(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_text("w7 w8")
+    options = ["--max-new-tokens", "5"]
+    from_file = command.json("--prompt-file", str(tmp_path / "prompt"), *options)
+    assert from_file["token_ids"] == command.json("--prompt", "w7 w8", *options)["token_ids"]
+
+
+def test_pool_exhausted_in_mid_generation_shows_what_there_is(command: Command) -> None:
+    code, out, err = command(
+        *("--prompt", "w7", "--max-new-tokens", "5000", "--json"),
+        *("--kv-device", "128KiB", "--kv-pool", "128KiB"),
+    )
+    assert code == 2
+    found = json.loads(out)
+    assert 100 < len(found["token_ids"]) < 5000
+    assert found["stats"]["kv_bytes"] > 100 << 10
+    assert "tier" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--prompt", "w7", "--kv-device", "much"], "--kv-device is 'much', which is not a size"),
+        (["--prompt", "w7", "--kv-device", "0"], "--kv-device is '0': give a size of at least"),
+        (["--prompt", "w7", "--kv-device=-1"], "--kv-device is '-1', which is not a size"),
+        (["--prompt", "w7", "--kv-device", "1KiB"], "device_bytes is 1024"),
+        (["--prompt", "w7", "--kv-device", "1MiB", "--kv-pool", "x"], "--kv-pool is 'x'"),
+        (["--prompt", "w7", "--kv-device", "1MiB", "--pool-dir", "/no/dir"], "/no/dir"),
+        (["--prompt", "w7", "--kv-device", "1MiB", "--policy", "lru"], "policy 'lru' is unknown"),
+        (["--prompt", "w7", "--dtype", "int4"], "dtype 'int4' is not supported"),
+        (["--prompt", "w7", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["--prompt", "w7", "--max-new-tokens", "few"], "invalid int value: 'few'"),
+        (["--prompt", "w7", "--temperature", "-1"], "temperature is -1"),
+        (["--prompt", "w7", "--top-p", "0"], "top_p is 0"),
+        (["--prompt", "w7", "--model", "/no/model"], "/no/model does not exist"),
+        (["--prompt", "w7", "--model", "/"], "/ holds no config.json"),
+        (["--prompt", ""], "The prompt is empty"),
+        (["--prompt-file", "/no/file"], "/no/file cannot be read"),
+        (["--prompt", "w7", "--prompt-file", "x"], "not allowed with"),
+        ([], "--prompt --prompt-file is required"),
+        (["--prompt", "w7", "--nonsense"], "unrecognized arguments"),
+    ],
+)
+def test_refuses_in_one_sentence(command: Command, arguments: list[str], sentence: str) -> None:
+    code, out, err = command(*arguments)
+    assert code == 2
+    assert out == ""
+    last = err.splitlines()[-1]
+    assert last.startswith("pie: ")
+    assert sentence in last
+    assert "Traceback" not in err
+
+
+def test_prompt_that_is_not_text(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_bytes(b"\xff\xfe\xff")
+    code, _, err = command("--prompt-file", str(tmp_path / "prompt"))
+    assert code == 2
+    assert "is not UTF-8 text" in err
+
+
+def test_info(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["info", "--pool-dir", str(tmp_path)]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert list(lines) == ["cores", "attention", "memory", "disk", "gpu"]
+    assert "cgroup" in lines["memory"]
+    assert str(tmp_path) in lines["disk"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_info_of_a_bad_directory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--pool-dir", "/no/dir"]) == 0
+    assert "not usable as a pool" in capsys.readouterr().out
+
+
+def test_module_runs_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "pie"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("pie: ")

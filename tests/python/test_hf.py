@@ -1,0 +1,498 @@
+"""The transformers integration on small random models: tokens, padding, refusals, loading."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+import pie
+from pie.hf import TieredCache, loading
+
+ATTENTIONS = ["pie", "sdpa", "eager"]
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+ROOMY = {"device_bytes": "4MiB", "pool_bytes": "64MiB"}
+TIGHT = {"device_bytes": "192KiB", "pool_bytes": "64MiB"}
+
+
+def build(kind: str = "llama", attention: str = "sdpa", **changes: object):
+    torch.manual_seed(0)
+    shape = {**SHAPE, "num_key_value_heads": 2} if kind == "llama" else SHAPE
+    config = AutoConfig.for_model(kind, **{**shape, **changes})
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+@pytest.fixture
+def model():
+    return build()
+
+
+def batch(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random prompts of these lengths, padded on the left."""
+    longest, generator = max(lengths), torch.Generator().manual_seed(seed)
+    mask = torch.stack([(torch.arange(longest) >= longest - n).long() for n in lengths])
+    ids = torch.randint(3, 96, mask.shape, generator=generator) * mask
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def greedy(model, inputs, new=24, cache=None, **options) -> torch.Tensor:
+    options = {"max_new_tokens": new, "do_sample": False, **options}
+    return model.generate(**inputs, past_key_values=cache, **options)
+
+
+# Tokens.
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("lengths", [[150], [150, 97, 33, 1]])
+def test_generates_the_tokens_of_transformers(model, attention: str, lengths: list[int]) -> None:
+    inputs = batch(lengths)
+    expected = greedy(model, inputs)
+    model.set_attn_implementation(attention)
+    for options in (ROOMY, TIGHT if attention == "pie" else {**ROOMY, "policy": "fixed:0.8"}):
+        with TieredCache(model.config, model.dtype, **options) as cache:
+            assert torch.equal(greedy(model, inputs, cache=cache), expected)
+            assert cache.get_seq_length() == expected.shape[1] - 1
+            cache.check()
+            if options is not ROOMY:
+                assert len(lengths) < 3 or cache.stats().streamed_bytes > 0
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_prompt_in_chunks(model, attention: str) -> None:
+    inputs = batch([61, 20, 3])
+    expected = greedy(model, inputs)
+    model.set_attn_implementation(attention)
+    for chunk in (1, 7, 64):
+        with TieredCache(model.config, model.dtype, **ROOMY) as cache:
+            assert torch.equal(
+                greedy(model, inputs, cache=cache, prefill_chunk_size=chunk), expected
+            )
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_sampling(model, attention: str) -> None:
+    inputs = batch([30, 12])
+    torch.manual_seed(11)
+    expected = greedy(model, inputs, do_sample=True, temperature=0.7, top_k=20)
+    model.set_attn_implementation(attention)
+    torch.manual_seed(11)
+    with TieredCache(model.config, model.dtype, **ROOMY) as cache:
+        found = greedy(model, inputs, cache=cache, do_sample=True, temperature=0.7, top_k=20)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_several_turns_with_one_cache(model, attention: str) -> None:
+    inputs = batch([40, 17])
+    model.set_attn_implementation(attention)
+    with TieredCache(model.config, model.dtype, **ROOMY) as cache:
+        for turn in range(3):
+            found = greedy(model, inputs, 8, cache)
+            model.set_attn_implementation("sdpa")
+            assert torch.equal(found, greedy(model, inputs, 8))
+            model.set_attn_implementation(attention)
+            more = batch([5, 5], seed=turn)
+            ones = torch.ones((2, 8), dtype=torch.long)
+            mask = torch.cat([inputs["attention_mask"], ones, more["attention_mask"]], 1)
+            ids = torch.cat([found, more["input_ids"]], 1)
+            inputs = {"input_ids": ids, "attention_mask": mask}
+        cache.check()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_crop_and_reset(model, attention: str) -> None:
+    inputs = batch([40, 17])
+    model.set_attn_implementation(attention)
+    with TieredCache(model.config, model.dtype, **ROOMY) as cache:
+        expected = greedy(model, inputs, 12, cache)
+        cache.crop(-6)
+        assert cache.get_seq_length() == 51 - 6
+        ids = expected[:, :46]
+        ones = torch.ones((2, 6), dtype=torch.long)
+        mask = torch.cat([inputs["attention_mask"], ones], 1)
+        again = greedy(model, {"input_ids": ids, "attention_mask": mask}, 6, cache)
+        assert torch.equal(again, expected)
+        cache.crop(10)
+        assert cache.get_seq_length() == 10
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert cache.stats().kv_bytes == 0
+        found = greedy(model, batch([9]), 4, cache)  # a batch of another size
+    model.set_attn_implementation("eager")
+    assert torch.equal(found, greedy(model, batch([9]), 4))
+
+
+def test_padding_is_stored_by_gather_only(model) -> None:
+    stored = {}
+    for attention in ("pie", "sdpa"):
+        model.set_attn_implementation(attention)
+        with TieredCache(model.config, model.dtype, **ROOMY) as cache:
+            greedy(model, batch([40, 10]), 1, cache)
+            stored[attention] = cache.stats().kv_bytes
+    assert stored["pie"] * 80 == stored["sdpa"] * 50
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_as_transformers(dtype: torch.dtype) -> None:
+    exact, model, inputs = build(), build().to(dtype), batch([50])
+    wanted = exact(**inputs).logits
+    theirs = float((model(**inputs).logits - wanted).norm().detach())
+    model.set_attn_implementation("pie")
+    with TieredCache(model.config, dtype, **ROOMY) as cache, torch.no_grad():
+        ours = float((model(**inputs, past_key_values=cache).logits - wanted).norm())
+    assert ours <= 1.5 * theirs
+
+
+def test_what_transformers_asks_of_a_cache(model) -> None:
+    with TieredCache(model.config, model.dtype, **ROOMY) as cache:
+        assert len(cache) == 3
+        assert cache.batch_size == -1
+        greedy(model, batch([5, 5]), 2, cache)
+        assert cache.batch_size == 2
+        assert cache.get_mask_sizes(4, 0) == (10, 0)
+        assert cache.get_max_length() == cache.get_max_cache_shape() == -1
+        assert not cache.is_compileable
+        assert cache.is_sliding == [False] * 3
+        assert "gather" in repr(cache)
+
+
+GROUPED = "qwen2 qwen3 gemma phi phi3 olmo2 granite stablelm cohere starcoder2 mixtral mistral"
+UNGROUPED = "gpt2 gpt_neox opt"
+
+
+@pytest.mark.parametrize("attention", ["pie", "sdpa"])
+@pytest.mark.parametrize("kind", f"{GROUPED} {UNGROUPED}".split())
+def test_families_pass_the_probe(kind: str, attention: str) -> None:
+    grouped = {"num_key_value_heads": 2, "head_dim": 16} if kind in GROUPED.split() else {}
+    loading.probe(build(kind, attention, sliding_window=None, **grouped))
+
+
+# What is refused, by name.
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "what"),
+    [
+        ("mistral", {"sliding_window": 16}, "sliding_window=16"),
+        ("gemma2", {}, "sliding_attention"),
+        ("qwen3_next", {}, "linear_attention"),
+        ("llama4_text", {}, "chunked_attention"),
+        ("deepseek_v3", {}, "kv_lora_rank"),
+        ("t5", {}, "encoder"),
+    ],
+)
+def test_geometries_beyond_pie(kind: str, changes: dict, what: str) -> None:
+    config = AutoConfig.for_model(kind, **changes)
+    with pytest.raises(pie.ConfigError, match=f"type '{kind}' with .*{what}"):
+        TieredCache(config, "f32", **ROOMY)
+
+
+def test_shared_layers_are_refused() -> None:
+    config = LlamaConfig(**SHAPE)
+    config.num_kv_shared_layers = 2
+    with pytest.raises(pie.ConfigError, match="share their K and V"):
+        TieredCache(config, "f32", **ROOMY)
+
+
+def test_other_shapes_than_the_config_promises(model) -> None:
+    config = copy.deepcopy(model.config)
+    config.num_key_value_heads = 4
+    with TieredCache(config, "f32", **ROOMY) as cache:
+        with pytest.raises(pie.ConfigError, match=r"K has shape .* promises"):
+            greedy(model, batch([5]), 1, cache)
+        assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_dtype_that_is_not_the_models(model, attention: str) -> None:
+    model.set_attn_implementation(attention)
+    cache = TieredCache(model.config, "bf16", **ROOMY)
+    with cache, pytest.raises(pie.LogicError, match=r"float32, this cache holds torch.bfloat16"):
+        greedy(model, batch([5]), 1, cache)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("s_aux", torch.zeros(4)), ("softcap", 30.0), ("sliding_window", 8), ("anything", 1)],
+)
+def test_unknown_arguments_of_the_attention(model, argument: str, value: object) -> None:
+    model.set_attn_implementation("pie")
+    with TieredCache(model.config, "f32", **ROOMY) as cache:
+        with pytest.raises(pie.ConfigError, match=f"LlamaAttention asks .*{argument}="):
+            model(**batch([5]), past_key_values=cache, **{argument: value})
+        assert cache.get_seq_length() == 0
+
+
+def test_dropout_is_refused(model) -> None:
+    model.set_attn_implementation("pie")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    cache = TieredCache(model.config, "f32", **ROOMY)
+    with cache, torch.no_grad(), pytest.raises(pie.ConfigError, match=r"dropout=0.5"):
+        model(**batch([5]), past_key_values=cache)
+
+
+def test_model_whose_attention_is_its_own() -> None:
+    model = build("bloom", "pie", n_head=4)
+    cache = TieredCache(model.config, "f32", **ROOMY)
+    with cache, pytest.raises(pie.ConfigError, match="computes with K or V itself"):
+        model(batch([5])["input_ids"], past_key_values=cache)
+    with pytest.raises(pie.ConfigError, match=r"BloomForCausalLM .*does not go through"):
+        loading.probe(model)
+
+
+def test_cache_made_for_another_attention(model) -> None:
+    with TieredCache(model.config, "f32", **ROOMY) as gathering:
+        model.set_attn_implementation("pie")
+        with pytest.raises(pie.LogicError, match="made for it"):
+            greedy(model, batch([5]), 1, gathering)
+        with TieredCache(model.config, "f32", **ROOMY) as in_place:
+            model.set_attn_implementation("sdpa")
+            with pytest.raises(pie.ConfigError, match="computes with K or V itself"):
+                greedy(model, batch([5]), 1, in_place)
+
+
+def test_pie_without_its_cache(model) -> None:
+    model.set_attn_implementation("pie")
+    for cache in (None, DynamicCache(config=model.config)):
+        with pytest.raises(pie.LogicError, match=r"past_key_values=pie.hf.TieredCache"):
+            model(**batch([5]), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[1, 1, 1, 0, 0]], "not left padding"),
+        ([[1, 0, 1, 1, 1]], "not left padding"),
+        ([[0, 0, 0, 0, 0]], "All tokens"),
+        ([[1, 1, 1]], r"\[1, 3\]"),
+    ],
+)
+def test_masks_beyond_left_padding(model, mask: list[list[int]], message: str) -> None:
+    model.set_attn_implementation("pie")
+    ids = batch([5])["input_ids"]
+    with TieredCache(model.config, "f32", **ROOMY) as cache:
+        with pytest.raises(pie.ConfigError, match=message):
+            model(ids, attention_mask=torch.tensor(mask), past_key_values=cache)
+        four = torch.zeros(1, 1, 5, 5)
+        with pytest.raises(pie.ConfigError, match=r"\[1, 1, 5, 5\]"):
+            model(ids, attention_mask=four, past_key_values=cache)
+        assert cache.get_seq_length() == 0
+
+
+def test_mask_must_stay_the_same(model) -> None:
+    model.set_attn_implementation("pie")
+    inputs = batch([9, 6])
+    token = torch.tensor([[5], [6]])
+    with TieredCache(model.config, "f32", **ROOMY) as cache, torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        with pytest.raises(pie.LogicError, match="pass their attention_mask"):
+            model(token, past_key_values=cache)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1)], 1)
+        mask[1, 3] = 0
+        with pytest.raises(pie.ConfigError, match="hides 4 tokens of a row of which 3"):
+            model(token, attention_mask=mask, past_key_values=cache)
+        assert cache.get_seq_length() == 9
+
+
+def test_another_batch_size_needs_reset(model) -> None:
+    for attention in ATTENTIONS:
+        model.set_attn_implementation(attention)
+        with TieredCache(model.config, "f32", **ROOMY) as cache, torch.no_grad():
+            model(**batch([4, 4]), past_key_values=cache)
+            with pytest.raises(pie.LogicError, match=r"batch of 3 .* holds one of 2"):
+                model(torch.tensor([[1], [1], [1]]), past_key_values=cache)
+
+
+def test_beams_and_other_selections(model) -> None:
+    with TieredCache(model.config, "f32", **ROOMY) as cache:
+        with pytest.raises(NotImplementedError, match="num_beams=1"):
+            greedy(model, batch([5]), 3, cache, num_beams=2)
+        with pytest.raises(NotImplementedError, match="repeat"):
+            cache.batch_repeat_interleave(2)
+        with pytest.raises(NotImplementedError, match="select"):
+            cache.batch_select_indices(torch.tensor([0]))
+
+
+# What breaks in the middle.
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_interrupted_forward_is_taken_back(model, attention: str) -> None:
+    model.set_attn_implementation(attention)
+    inputs = batch([20])
+    token = torch.tensor([[7]])
+    with TieredCache(model.config, "f32", **ROOMY) as cache, torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        hook = model.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(token, past_key_values=cache)
+        hook.remove()
+        assert cache.get_seq_length() == 20
+        found = model(token, past_key_values=cache).logits
+        plain = DynamicCache(config=model.config)
+        model.set_attn_implementation("eager")
+        model(**inputs, past_key_values=plain)
+        torch.testing.assert_close(found, model(token, past_key_values=plain).logits)
+        cache.check()
+
+
+def test_model_that_leaves_layers_out(model) -> None:
+    model.model.layers = model.model.layers[:2]
+    cache = TieredCache(model.config, "f32", **ROOMY)
+    with cache, pytest.raises(pie.ConfigError, match="updated 2 of the 3 layers"):
+        greedy(model, batch([5]), 5, cache)
+    with pytest.raises(pie.ConfigError, match="not every layer"):
+        loading.probe(model)
+
+
+@pytest.mark.parametrize("attention", ["pie", "sdpa"])
+def test_pool_exhausted_in_mid_generation(model, attention: str) -> None:
+    model.set_attn_implementation(attention)
+    small = {"device_bytes": "192KiB", "pool_bytes": "128KiB"}
+    with TieredCache(model.config, "f32", **small) as cache:
+        with pytest.raises(pie.CapacityError, match="tier"):
+            greedy(model, batch([20]), 2000, cache)
+        length = cache.get_seq_length()
+        assert length > 20
+        cache.check()
+        cache.crop(-length // 2)
+        assert greedy(model, batch([length // 2 + 1]), 2, cache).shape[1] == length // 2 + 3
+
+
+def test_closed_cache(model) -> None:
+    cache = TieredCache(model.config, "f32", **ROOMY)
+    cache.close()
+    with pytest.raises(pie.LogicError, match="closed"):
+        greedy(model, batch([5]), 1, cache)
+
+
+def test_config_is_not_changed() -> None:
+    config = LlamaConfig(**SHAPE)
+    before = config.to_dict()
+    TieredCache(config, "f32", **ROOMY).close()
+    assert config.to_dict() == before
+
+
+# Loading.
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    build().save_pretrained(folder)
+    words = {"<pad>": 0, "<s>": 1, **{f"w{n}": n for n in range(2, 96)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may damage."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("attention", ["pie", "sdpa"])
+def test_load_and_generate(saved: Path, attention: str) -> None:
+    model, tokenizer = pie.hf.load(saved, "f32", attention)
+    inputs = tokenizer(["w5 w6 w7", "w9"], return_tensors="pt", padding=True)
+    inputs.pop("token_type_ids", None)
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    with TieredCache(model.config, model.dtype, **ROOMY) as cache:
+        found = greedy(model, inputs, 8, cache)
+    assert torch.equal(found, greedy(build(), inputs, 8))
+    assert pie.hf.load(saved)[0].dtype is torch.bfloat16
+
+
+def test_load_truncated_weights(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    for keep in (3, weights.stat().st_size // 2):
+        weights.write_bytes(weights.read_bytes()[:keep])
+        with pytest.raises(pie.ConfigError, match=rf"{folder} cannot be loaded"):
+            pie.hf.load(folder)
+
+
+def test_load_missing_weights(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(pie.ConfigError, match=r"not whole: 1 missing keys.*layers.1.mlp.up_proj"):
+        pie.hf.load(folder)
+
+
+def test_load_never_unpickles(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(pie.ConfigError, match="cannot be loaded"):
+        pie.hf.load(folder)
+
+
+@pytest.mark.parametrize("name", ["nothing.gguf", "/no/such/folder", "./none", "a/b/c"])
+def test_load_missing_paths(name: str) -> None:
+    with pytest.raises(pie.ConfigError, match="does not exist"):
+        pie.hf.load(name)
+
+
+def test_load_what_is_no_model(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(pie.ConfigError, match=r"is a file but not .gguf"):
+        pie.hf.load(folder / "config.json")
+    with pytest.raises(pie.ConfigError, match=r"no config.json"):
+        pie.hf.load(tmp_path)
+    with pytest.raises(pie.ConfigError, match="dtype 'int4'"):
+        pie.hf.load(folder, "int4")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(pie.ConfigError, match=r"bad.gguf cannot be loaded"):
+        pie.hf.load(tmp_path / "bad.gguf")
+
+
+def test_load_refuses_a_model_by_name(folder: Path) -> None:
+    build("mistral", sliding_window=8).save_pretrained(folder)
+    with pytest.raises(pie.ConfigError, match="'mistral' with sliding_window=8"):
+        pie.hf.load(folder)
+
+
+def test_load_refuses_what_the_probe_finds_wrong(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend = TieredCache.attend
+    monkeypatch.setattr(TieredCache, "attend", lambda *arguments: attend(*arguments) * 1.01)
+    with pytest.raises(pie.ConfigError, match=r"LlamaForCausalLM.* logits differ"):
+        pie.hf.load(saved, "f32")
+
+
+def test_gguf_on_real_weights(weights: Path) -> None:
+    model, tokenizer = pie.hf.load(weights, "f32")
+    prompts = ["The capital of France is", "One, two, three, four,"]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    inputs.pop("token_type_ids", None)
+    model.set_attn_implementation("sdpa")
+    expected = greedy(model, inputs, 12)
+    assert "Paris" in tokenizer.decode(expected[0])
+    for attention in ("sdpa", "pie"):
+        model.set_attn_implementation(attention)
+        options = {**TIGHT, "device_bytes": "4MiB", "policy": "fixed:0.9"}
+        with TieredCache(model.config, model.dtype, **options) as cache:
+            assert torch.equal(greedy(model, inputs, 12, cache), expected)
