@@ -186,7 +186,8 @@ void BlockMap::check_block(const BlockKey& key, const Block& block,
   const bool on_device = block.present() || block.state == BlockState::loading;
   const bool in_pool = block.state != BlockState::dirty && block.state != BlockState::empty;
   require(block.state != BlockState::empty, "check: a block inside a sequence is empty.");
-  require(on_device == (block.device != no_frame), "check: a block's device frame and state differ.");
+  require(on_device == (block.device != no_frame),
+          "check: a block's device frame and state differ.");
   require(in_pool == (block.pool != no_frame), "check: a block's pool frame and state differ.");
   if (on_device) {
     const BlockKey owner = owners_[block.device];
@@ -230,7 +231,8 @@ void BlockMap::check() const {
   require(on_device == device_.used(), "check: device frames in use and blocks there differ.");
   const std::uint32_t in_pool = count(BlockState::writing) + count(BlockState::clean) +
                                 count(BlockState::pooled) + count(BlockState::loading);
-  require(in_pool + set_aside == pool_.used(), "check: pool frames in use and blocks there differ.");
+  require(in_pool + set_aside == pool_.used(),
+          "check: pool frames in use and blocks there differ.");
 }
 
 }  // namespace pie

@@ -67,7 +67,8 @@ std::uint32_t choose_block_tokens(const CacheOptions& options) {
   Geometry geometry = options.geometry;
   for (const std::uint32_t tokens : {64U, 32U}) {
     geometry.block_tokens = tokens;
-    if (3 * sequences * least_frames(geometry) * host_frame_stride(host_options(options, geometry)) <=
+    if (3 * sequences * least_frames(geometry) *
+            host_frame_stride(host_options(options, geometry)) <=
         options.device_bytes) {
       return tokens;
     }
@@ -305,16 +306,17 @@ class TieredCache::Impl {
 
   void begin(std::span<const StepEntry> batch, Reader reader);
   void start();
-  void attend(std::uint32_t layer, const LayerInputs& inputs, const Rows& q,
-              const MutableRows& out, std::uint32_t query_heads, float scale, float* lse);
+  void attend(std::uint32_t layer, const LayerInputs& inputs, const Rows& q, const MutableRows& out,
+              std::uint32_t query_heads, float scale, float* lse);
   Gathered gather(std::uint32_t layer, const LayerInputs& inputs);
   void finish();
   void abort() noexcept;
   [[nodiscard]] Stats stats() const;
 
   [[nodiscard]] AttentionShape shape(std::uint32_t query_heads, float scale) const {
-    return {query_heads,        geometry_.kv_heads,     geometry_.head_dim,
-            geometry_.block_tokens, geometry_.dtype, scale};
+    return {query_heads,        geometry_.kv_heads,
+            geometry_.head_dim, geometry_.block_tokens,
+            geometry_.dtype,    scale};
   }
 
   Geometry geometry_;
@@ -421,8 +423,7 @@ std::uint32_t TieredCache::Impl::staging_frames() const {
   if (reader_ == Reader::gather) {
     const Bytes row = Bytes{geometry_.head_dim} * dtype_bytes(geometry_.dtype);
     const Bytes bytes = 2 * row * geometry_.kv_heads * longest() * batch_.size();
-    return static_cast<std::uint32_t>(
-        std::min<Bytes>(frames(bytes), capabilities_.device_frames));
+    return static_cast<std::uint32_t>(std::min<Bytes>(frames(bytes), capabilities_.device_frames));
   }
   const Bytes row = attention_state_floats(shape(query_heads_, 1)) * sizeof(float);
   const Bytes least = frames(row);
@@ -562,7 +563,8 @@ Stats TieredCache::Impl::stats() const {
   stats.pool_bytes = capabilities_.pool_frames * stride;
   stats.pool_bytes_used = map.pool().used() * stride;
   const Bytes token_bytes = geometry_.frame_bytes() / geometry_.block_tokens * geometry_.layers;
-  for (const auto& [id, sequence] : map.sequences()) stats.kv_bytes += sequence.tokens * token_bytes;
+  for (const auto& [id, sequence] : map.sequences())
+    stats.kv_bytes += sequence.tokens * token_bytes;
   stats.streamed_bytes = scheduler_.transfers().loaded_frames() * stride;
   stats.written_bytes = scheduler_.transfers().written_frames() * stride;
   stats.retries = scheduler_.transfers().retries();

@@ -18,7 +18,7 @@ std::uint64_t bit_of(FrameIndex frame) { return std::uint64_t{1} << (frame % wor
 }  // namespace
 
 FramePool::FramePool(std::uint32_t capacity, std::uint32_t limit)
-    : capacity_(capacity), limit_(0), run_end_(0), bits_((capacity + word_bits - 1) / word_bits) {
+    : capacity_(capacity), bits_((capacity + word_bits - 1) / word_bits) {
   require(limit <= capacity, "FramePool: limit is above capacity.");
   set_limit(limit);
 }

@@ -119,8 +119,8 @@ class Fixed final : public Policy {
   [[nodiscard]] Plan plan(const Snapshot& snapshot) const override {
     if (snapshot.pool_frames == 0) return Off().plan(snapshot);
     const Totals totals = totals_of(snapshot);
-    const auto wanted = static_cast<std::uint64_t>(
-        std::ceil(share_ * static_cast<double>(totals.full_active)));
+    const auto wanted =
+        static_cast<std::uint64_t>(std::ceil(share_ * static_cast<double>(totals.full_active)));
     Plan plan = plan_streaming(snapshot, totals, wanted);
     plan.write_behind = share_ > 0 || (totals.full() + totals.pinned) * 2 > snapshot.device_frames;
     return plan;

@@ -66,8 +66,8 @@ Snapshot Scheduler::snapshot(std::span<const Growth> batch, std::uint32_t stagin
   }
   Snapshot result;
   result.layers = geometry_.layers;
-  result.device_frames = capabilities_.device_frames -
-                         std::min(capabilities_.device_frames, staging_frames);
+  result.device_frames =
+      capabilities_.device_frames - std::min(capabilities_.device_frames, staging_frames);
   result.pool_frames = capabilities_.pool_frames;
   result.copy_frames_best = copy_frames_;
   result.sequences = views;
@@ -99,8 +99,7 @@ void Scheduler::admit(const Snapshot& snapshot, const Plan& plan, std::uint32_t 
   const std::string refusal = backend_.pool_refusal();
   throw CapacityError("The pool tier cannot hold this step: it needs " + mib(streamed * stride) +
                       ", has " + mib(std::uint64_t{map_.pool().limit()} * stride) +
-                      " and may take " +
-                      mib(std::uint64_t{capabilities_.pool_frames} * stride) +
+                      " and may take " + mib(std::uint64_t{capabilities_.pool_frames} * stride) +
                       (refusal.empty() ? "" : " (" + refusal + ")") +
                       ". Raise pool_bytes, free disk space, or free a sequence.");
 }
@@ -148,8 +147,8 @@ void Scheduler::apply(const Plan& plan) {
   loaded_.swap(wanted);
 }
 
-// The block that is partial before the step and full after it stays until the step has ended, so the
-// plan does not count it: streaming a prefix that reaches beyond it takes one block more.
+// The block that is partial before the step and full after it stays until the step has ended, so
+// the plan does not count it: streaming a prefix that reaches beyond it takes one block more.
 std::uint32_t Scheduler::held_block(const Sequence& sequence) const {
   const std::uint32_t size = geometry_.block_tokens;
   for (const Growth& growth : batch_) {
@@ -579,8 +578,7 @@ void Scheduler::finish() {
     for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
       LayerBlocks& blocks = sequence.layers[layer];
       blocks.written = std::min(blocks.written, before);
-      const std::uint32_t wanted =
-          plan_.write_behind ? full : std::min(full, blocks.streamed);
+      const std::uint32_t wanted = plan_.write_behind ? full : std::min(full, blocks.streamed);
       write_full(sequence, layer, wanted);
     }
   }

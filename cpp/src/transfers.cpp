@@ -83,8 +83,8 @@ void Transfers::commit(const Transfer& transfer) {
     load ? map_.commit_load(key) : map_.commit_write(key);
   }
   (load ? loaded_frames_ : written_frames_) += transfer.count;
-  landed_.push_back({transfer.lane, transfer.sequence, transfer.layer, transfer.first_block,
-                     transfer.count});
+  landed_.push_back(
+      {transfer.lane, transfer.sequence, transfer.layer, transfer.first_block, transfer.count});
 }
 
 void Transfers::give_up(const Transfer& transfer, const Completion& completion) {
@@ -144,8 +144,8 @@ void Transfers::check() const {
   std::uint32_t claimed = 0;
   for (const auto& [ticket, transfer] : in_flight_) {
     for (std::uint32_t i = 0; i < transfer.count; ++i) {
-      const Block& block = BlockMap::at({transfer.sequence, transfer.layer,
-                                         transfer.first_block + i});
+      const Block& block =
+          BlockMap::at({transfer.sequence, transfer.layer, transfer.first_block + i});
       require(block.in_flight(), "check: a ticket in flight moves a block that is at rest.");
       require(!device[block.device] && !pool[block.pool],
               "check: a frame is used by two copies at once.");

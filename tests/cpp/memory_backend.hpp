@@ -1,9 +1,9 @@
 // A backend in plain memory whose copies end when, and in the order, a seed says.
 //
-// Adversarial on purpose: a copy's bytes move either when it is submitted or when it ends, chosen by
-// the seed, so that a frame reused too early is read or written at the wrong moment; the target of a
-// copy that has not moved yet is filled with a poison pattern. Failures are injected by number or by
-// probability. Time is virtual and passes in wait() only.
+// Adversarial on purpose: a copy's bytes move either when it is submitted or when it ends, chosen
+// by the seed, so that a frame reused too early is read or written at the wrong moment; the target
+// of a copy that has not moved yet is filled with a poison pattern. Failures are injected by number
+// or by probability. Time is virtual and passes in wait() only.
 #pragma once
 
 #include <algorithm>
@@ -150,9 +150,9 @@ class MemoryBackend final : public Backend {
 
   void poison_target(const Pending& pending) {
     for (const Copy& copy : pending.copies) {
-      std::fill_n(device_.begin() + static_cast<std::ptrdiff_t>(copy.device_first *
-                                                                options_.frame_bytes),
-                  copy.count * options_.frame_bytes, poison);
+      std::fill_n(
+          device_.begin() + static_cast<std::ptrdiff_t>(copy.device_first * options_.frame_bytes),
+          copy.count * options_.frame_bytes, poison);
     }
   }
 

@@ -1,5 +1,5 @@
-// The reference a cache is compared with: every K and V element is a function of what names it, so a
-// block that ends up in the wrong place, or stale, cannot go unseen.
+// The reference a cache is compared with: every K and V element is a function of what names it, so
+// a block that ends up in the wrong place, or stale, cannot go unseen.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -28,8 +28,9 @@ inline Geometry small_geometry(std::uint32_t layers) {
 // The value a K (or V) element has: a function of everything that names it, so a block that ends up
 // in the wrong place cannot go unseen. `salt` makes appends after a truncation differ.
 inline float value(std::uint64_t salt, std::uint32_t layer, std::uint32_t token, std::uint32_t head,
-            std::uint32_t d, bool v) {
-  std::uint64_t x = salt * 1000003 + layer * 7919 + token * 104729 + head * 31 + d * 2 + (v ? 1 : 0);
+                   std::uint32_t d, bool v) {
+  std::uint64_t x =
+      salt * 1000003 + layer * 7919 + token * 104729 + head * 31 + d * 2 + (v ? 1 : 0);
   x ^= x >> 31;
   x *= 0x9e3779b97f4a7c15ULL;
   x ^= x >> 29;
@@ -71,7 +72,8 @@ class Model {
     for (const StepEntry& entry : batch) {
       after[entry.sequence].resize(after[entry.sequence].size() + entry.new_tokens, salt);
     }
-    for (std::uint32_t layer = 0; layer < layers_run; ++layer) run_layer(batch, after, layer, reader);
+    for (std::uint32_t layer = 0; layer < layers_run; ++layer)
+      run_layer(batch, after, layer, reader);
     if (layers_run < layers_) {
       cache_->abort();
       return;

@@ -128,7 +128,7 @@ TEST(CacheSwarm, SurvivesFailingTransfers) {
   EXPECT_GT(tally.io_errors, 0U);
 }
 
-TEST(CacheSwarm, HoldsOverRamAndAFile) {
+TEST(CacheOverRamAndAFile, HoldsWhatTheReferenceHolds) {
   for (const char* pool_io : {"auto", "direct-threads", "buffered-threads"}) {
     SCOPED_TRACE(pool_io);
     Tally tally;

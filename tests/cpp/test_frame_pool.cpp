@@ -69,7 +69,8 @@ TEST(FramePool, MatchesAModelUnderRandomUse) {
         break;
       }
       case 1: {
-        const FrameRun run = pool.acquire_run(1 + random() % 40, random() % 300);
+        const FrameRun run = pool.acquire_run(static_cast<std::uint32_t>(1 + random() % 40),
+                                              static_cast<FrameIndex>(random() % 300));
         for (FrameIndex f = run.first; f < run.end() && run.count > 0; ++f) {
           ASSERT_TRUE(used.insert(f).second);
         }
@@ -84,7 +85,7 @@ TEST(FramePool, MatchesAModelUnderRandomUse) {
         }
         break;
       default: {
-        const std::uint32_t limit = 200 + random() % 101;
+        const auto limit = static_cast<std::uint32_t>(200 + random() % 101);
         if (used.lower_bound(limit) == used.end()) pool.set_limit(limit);
       }
     }

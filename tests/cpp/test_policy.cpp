@@ -85,7 +85,7 @@ TEST(Policy, EveryPlanThatCanFitFits) {
   std::minstd_rand random(3);
   const char* names[] = {"fit", "fixed:0.3", "fixed:1"};
   for (int i = 0; i < 20000; ++i) {
-    const std::uint32_t layers = 1 + random() % 40;
+    const auto layers = static_cast<std::uint32_t>(1 + random() % 40);
     std::vector<SequenceView> sequences(1 + random() % 6);
     std::uint64_t pinned = 0;
     for (SequenceView& view : sequences) {

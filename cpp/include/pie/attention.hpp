@@ -57,7 +57,8 @@ struct AttentionWork {
 
 void attention_reset(const AttentionShape& shape, float* state, std::uint32_t rows);
 
-// Folds the pieces into their states. Items are independent: different rows, or different sequences.
+// Folds the pieces into their states. Items are independent: different rows, or different
+// sequences.
 void attention_fold(const AttentionShape& shape, std::span<const AttentionWork> work);
 
 // Writes the normalised rows; a row that saw no token becomes zeros. `lse`, if given, receives the

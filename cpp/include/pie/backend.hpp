@@ -1,8 +1,8 @@
 // The seam: the one interface through which memory, movement, time and files enter.
 //
-// Everything above it is single-threaded, reads no clock, takes no lock, does no I/O. A backend owns
-// both tiers of one device: an arena of device frames and a pool of frames behind it. All its calls
-// are made by one thread at a time; only `wait` may block.
+// Everything above it is single-threaded, reads no clock, takes no lock, does no I/O. A backend
+// owns both tiers of one device: an arena of device frames and a pool of frames behind it. All its
+// calls are made by one thread at a time; only `wait` may block.
 #pragma once
 
 #include <cstddef>

@@ -1,8 +1,8 @@
 // The facade that bindings and embedders use: sequences, steps, attention over two tiers of memory.
 //
 // One thread at a time. A step is a transaction: begin, then every layer once and in order through
-// `attend` or `gather`, then `finish`; `abort` (or an exception from a layer) takes back its appends.
-// Sequences' lengths advance in `finish` only.
+// `attend` or `gather`, then `finish`; `abort` (or an exception from a layer) takes back its
+// appends. Sequences' lengths advance in `finish` only.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,8 @@ struct StepEntry {
 // What a layer of a step is read by: attention in place, or a contiguous copy of K and V.
 enum class Reader : std::uint8_t { attend, gather };
 
-// Inputs of one layer: rows of all sequences packed in batch order, `[sum of new_tokens, heads, d]`.
+// Inputs of one layer: rows of all sequences packed in batch order, `[sum of new_tokens, heads,
+// d]`.
 struct LayerInputs {
   Rows k;
   Rows v;

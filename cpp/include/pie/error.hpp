@@ -1,7 +1,9 @@
-// What this library throws. Every message is a sentence: what was asked, what is there, what to change.
+// What this library throws. Every message is a sentence: what was asked, what is there, what to
+// change.
 //
 // Programmer errors throw LogicError and never abort: the library lives in a user's process.
-// Nothing is thrown across a worker thread or out of a backend's poll(): there, failures are values.
+// Nothing is thrown across a worker thread or out of a backend's poll(): there, failures are
+// values.
 #pragma once
 
 #include <new>

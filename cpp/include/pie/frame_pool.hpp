@@ -52,10 +52,10 @@ class FramePool {
   [[nodiscard]] FrameRun find_run(std::uint32_t want, FrameIndex floor) const;
 
   std::uint32_t capacity_;
-  std::uint32_t limit_;
+  std::uint32_t limit_ = 0;
   std::uint32_t free_ = 0;
   std::uint32_t lowest_word_ = 0;    // no free frame lies in a word below this one
-  FrameIndex run_end_;               // where the search for the next run starts, downwards
+  FrameIndex run_end_ = 0;           // where the search for the next run starts, downwards
   std::vector<std::uint64_t> bits_;  // 1: free
 };
 

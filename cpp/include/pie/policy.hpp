@@ -57,8 +57,8 @@ class Policy {
   [[nodiscard]] virtual std::string name() const = 0;
 };
 
-// "off": nothing is streamed. "fit": just what the budget cannot hold. "fixed:F": the share F of the
-// full frames, more where the budget demands. Throws ConfigError for anything else.
+// "off": nothing is streamed. "fit": just what the budget cannot hold. "fixed:F": the share F of
+// the full frames, more where the budget demands. Throws ConfigError for anything else.
 [[nodiscard]] std::unique_ptr<Policy> make_policy(const std::string& name);
 
 }  // namespace pie

@@ -166,8 +166,9 @@ class Scheduler {
   std::uint32_t layer_ = 0;        // that runs
   std::uint32_t wave_ = 0;         // that runs in it
   std::uint32_t copy_frames_ = 1;  // the most frames one ticket moves
-  std::deque<BlockKey> surplus_;   // clean, not ring, streamed by the plan: oldest first; may be stale
-  std::deque<BlockKey> loaded_;    // ring blocks in the order they were asked for; may be stale
+  std::deque<BlockKey>
+      surplus_;  // clean, not ring, streamed by the plan: oldest first; may be stale
+  std::deque<BlockKey> loaded_;  // ring blocks in the order they were asked for; may be stale
   Nanos stall_ns_ = 0;
 };
 

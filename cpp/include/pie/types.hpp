@@ -13,7 +13,8 @@ namespace pie {
 using Bytes = std::uint64_t;
 using Nanos = std::int64_t;
 
-// Where a frame lies. `device` is what attention reads at full speed, `pool` the capacity behind it.
+// Where a frame lies. `device` is what attention reads at full speed, `pool` the capacity behind
+// it.
 enum class Tier : std::uint8_t { device, pool };
 
 // Index of a frame inside its tier, counted from 0; `no_frame` where there is none.

@@ -134,7 +134,8 @@ PoolFile::PoolFile(const std::string& dir, bool direct, Bytes frame_bytes) : dir
   }
   cut(descriptor_, 0);
   // Memory accepts the flag and means nothing by it.
-  const Bytes alignment = direct && !is_memory(dir_) ? direct_alignment(descriptor_, frame_bytes) : 0;
+  const Bytes alignment =
+      direct && !is_memory(dir_) ? direct_alignment(descriptor_, frame_bytes) : 0;
   direct_ = alignment != 0 && set_direct(descriptor_);
   alignment_ = direct_ ? alignment : buffered_alignment;
 }
