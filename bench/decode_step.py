@@ -43,7 +43,7 @@ def interval(ratios: list[float]) -> tuple[float, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", default=".cache/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--tokens", type=int, default=1024, help="in the cache when it starts")
     parser.add_argument("--pairs", type=int, default=90)

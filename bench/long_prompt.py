@@ -61,7 +61,7 @@ def run(command: list[str]) -> tuple[str, int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", default=".cache/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--prompt-tokens", type=int, default=6000)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--kv-device", default="32MiB")

@@ -78,7 +78,7 @@ def compare(model: Any, prompts: list[list[int]], new: int) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", default=".cache/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--prompt-tokens", type=int, default=1500)
     parser.add_argument("--new-tokens", type=int, default=256)
     arguments = parser.parse_args()
