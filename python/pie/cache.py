@@ -153,6 +153,7 @@ class TieredKVCache:
             pool_dir=directory,
             policy=policy,
         )
+        self._report_fallback()
 
     def add(self) -> int:
         """Makes an empty sequence and returns its number, which is never used again."""
@@ -299,6 +300,17 @@ class TieredKVCache:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _report_fallback(self) -> None:
+        pool_io = self._core.stats()["pool_io"]
+        if pool_io not in ("none", "direct-uring"):
+            warnings.warn(
+                f"The pool is reached by {pool_io} instead of direct I/O through io_uring, which may "
+                "be slower or fill the page cache. For the fast way name a pool_dir on a local disk "
+                "and build with liburing.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _begin(self, batch: Sequence[tuple[int, int]], reader: str) -> None:
         if reader not in ("attend", "gather"):
