@@ -305,9 +305,9 @@ class TieredKVCache:
         pool_io = self._core.stats()["pool_io"]
         if pool_io not in ("none", "direct-uring"):
             warnings.warn(
-                f"The pool is reached by {pool_io} instead of direct I/O through io_uring, which may "
-                "be slower or fill the page cache. For the fast way name a pool_dir on a local disk "
-                "and build with liburing.",
+                f"The pool is reached by {pool_io} instead of direct I/O through io_uring, which "
+                "may be slower or fill the page cache. For the fast way name a pool_dir on a local "
+                "disk and build with liburing.",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -295,10 +295,9 @@ def test_unwritable_pool_directory() -> None:
 def test_tmpfs_must_be_asked_for() -> None:
     with pytest.raises(pie.ConfigError, match="tmpfs:"):
         make(pool_dir="/dev/shm")
-    with (
-        pytest.warns(RuntimeWarning, match="buffered-threads"),
-        make(TIGHT, pool_dir="tmpfs:/dev/shm") as cache,
-    ):
+    with pytest.warns(RuntimeWarning, match="buffered-threads"):
+        asked = make(TIGHT, pool_dir="tmpfs:/dev/shm")
+    with asked as cache:
         sequence = cache.add()
         for _ in range(5):
             run_step(cache, [(sequence, 100)])
