@@ -368,7 +368,8 @@ void Scheduler::pump() {
     const std::uint32_t layer = cursor_.layer % geometry_.layers;
     const LayerBlocks& blocks = sequence.layers[layer];
     const bool ring = cursor_.block < blocks.streamed;
-    const auto end = ring ? blocks.streamed : static_cast<std::uint32_t>(blocks.blocks.size());
+    const auto size = static_cast<std::uint32_t>(blocks.blocks.size());
+    const std::uint32_t end = ring ? std::min(blocks.streamed, size) : size;
     std::uint32_t want = 1;
     while (want < copy_frames_ && cursor_.block + want < end &&
            blocks.blocks[cursor_.block + want].state == BlockState::pooled) {
