@@ -107,7 +107,7 @@ Nanos step(pie::Backend& backend, pie::Scheduler& scheduler, pie::Sequence& sequ
            std::uint32_t tokens, std::uint32_t block_tokens) {
   const Nanos began = backend.now();
   const pie::Growth growth{&sequence, tokens};
-  scheduler.begin({&growth, 1}, 0);
+  scheduler.begin({&growth, 1}, 0, false);
   const std::uint32_t position = sequence.tokens;
   scheduler.set_visits({{&sequence, 0, tokens, position, 0}});
   for (std::uint32_t layer = 0; layer < layers; ++layer) {

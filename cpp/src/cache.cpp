@@ -20,6 +20,13 @@ namespace {
 constexpr std::uint32_t staging_share = 16;
 constexpr std::uint32_t wave_rows_max = 2048;
 
+// Where the share is less than this, the state is scratch in ordinary memory, like that of the
+// attention kernels: this much, or one row where a row is larger.
+constexpr Bytes scratch_bytes = Bytes{64} << 10;
+
+// Counts of tokens are 32 bits wide; no sum of them in one step comes near that.
+constexpr std::uint64_t tokens_max = 1ULL << 31;
+
 Rows rows_from(const Rows& rows, std::uint32_t row, DType dtype) {
   const auto bytes = static_cast<std::int64_t>(dtype_bytes(dtype)) * rows.row_stride * row;
   return {static_cast<const std::byte*>(rows.data) + bytes, rows.row_stride, rows.head_stride};
@@ -47,8 +54,8 @@ void check_geometry(const Geometry& geometry) {
   }
 }
 
-// Device frames that one sequence needs to gain a token: its partial blocks, a ring, staging.
-std::uint64_t least_frames(const Geometry& geometry) { return std::uint64_t{geometry.layers} + 2; }
+// Device frames that one sequence needs to gain a token: its partial blocks and a ring.
+std::uint64_t least_frames(const Geometry& geometry) { return std::uint64_t{geometry.layers} + 1; }
 
 HostOptions host_options(const CacheOptions& options, const Geometry& geometry) {
   HostOptions host;
@@ -95,8 +102,8 @@ std::unique_ptr<Backend> open_backend(const CacheOptions& options, const Geometr
     throw ConfigError(
         "device_bytes is " + std::to_string(options.device_bytes) +
         ", which cannot hold one step of one sequence: the partial block of each of " +
-        std::to_string(geometry.layers) + " layers, a ring and staging take " +
-        std::to_string(least) + " bytes with blocks of " + std::to_string(geometry.block_tokens) +
+        std::to_string(geometry.layers) + " layers and a ring take " + std::to_string(least) +
+        " bytes with blocks of " + std::to_string(geometry.block_tokens) +
         " tokens. Give at least that.");
   }
   if (options.pool_bytes > 0 && options.pool_bytes < stride) {
@@ -306,6 +313,10 @@ class TieredCache::Impl {
 
   void begin(std::span<const StepEntry> batch, Reader reader);
   void start();
+  void begin_with(std::uint32_t staging);
+  void restart(std::uint32_t query_heads);
+  [[nodiscard]] Bytes state_row_bytes() const;
+  [[nodiscard]] float* state();
   void attend(std::uint32_t layer, const LayerInputs& inputs, const Rows& q, const MutableRows& out,
               std::uint32_t query_heads, float scale, float* lse);
   Gathered gather(std::uint32_t layer, const LayerInputs& inputs);
@@ -343,6 +354,8 @@ class TieredCache::Impl {
   std::uint32_t next_layer_ = 0;
   std::uint32_t query_heads_;  // of the last attend: staging is sized for it
   std::vector<std::uint32_t> wave_first_row_;
+  std::uint32_t rows_per_wave_ = 0;
+  std::vector<float> scratch_;  // of attention state, where the arena is too small for it
 
   bool decode_ = false;  // the step gives every sequence one token
   bool after_decode_ = false;
@@ -358,6 +371,7 @@ void TieredCache::Impl::begin(std::span<const StepEntry> batch, Reader reader) {
   refuse_in_step("step");
   if (batch.empty()) throw LogicError("step: the batch is empty; give at least one sequence.");
   std::vector<Growth> growths;
+  std::uint64_t tokens = 0;
   for (const StepEntry& entry : batch) {
     Sequence& member = sequence(entry.sequence, "step");
     const auto same = [&](const Growth& growth) { return growth.sequence == &member; };
@@ -370,29 +384,28 @@ void TieredCache::Impl::begin(std::span<const StepEntry> batch, Reader reader) {
                        " gains no token; leave it out of the batch.");
     }
     growths.push_back({&member, entry.new_tokens});
+    tokens += std::uint64_t{member.tokens} + entry.new_tokens;
+  }
+  if (tokens > tokens_max) {
+    throw LogicError("step: the batch would hold " + std::to_string(tokens) +
+                     " tokens; one step serves at most " + std::to_string(tokens_max) + ".");
   }
   batch_ = std::move(growths);
   reader_ = reader;
   start();
 }
 
-// Also called again by the first layer when it brings another number of query heads than expected.
 void TieredCache::Impl::start() {
+  const std::uint32_t staging = staging_frames();
   try {
-    scheduler_.begin(batch_, staging_frames());
-  } catch (...) {
-    scheduler_.abort();
-    throw;
+    begin_with(staging);
+  } catch (const CapacityError&) {
+    if (staging == 0 || reader_ == Reader::gather) throw;
+    begin_with(0);  // the state in scratch instead, in more waves
   }
   in_step_ = true;
   next_layer_ = 0;
-  if (reader_ == Reader::gather) {
-    scheduler_.set_visits(plan_visits(total_rows()));
-  } else {
-    const Bytes row = attention_state_floats(shape(query_heads_, 1)) * sizeof(float);
-    const Bytes room = scheduler_.map().device().reserved() * capabilities_.frame_stride;
-    scheduler_.set_visits(plan_visits(static_cast<std::uint32_t>(room / row)));
-  }
+  scheduler_.set_visits(plan_visits(rows_per_wave_));
   began_ns_ = backend_->now();
   decode_ = std::all_of(batch_.begin(), batch_.end(),
                         [](const Growth& growth) { return growth.new_tokens == 1; });
@@ -400,6 +413,45 @@ void TieredCache::Impl::start() {
   after_decode_ = false;
   stall_before_ns_ = scheduler_.stall_ns();
   note_peaks();
+}
+
+void TieredCache::Impl::begin_with(std::uint32_t staging) {
+  rows_per_wave_ = total_rows();
+  if (reader_ == Reader::attend) {
+    const Bytes row = state_row_bytes();
+    const Bytes room = staging == 0 ? scratch_bytes : staging * capabilities_.frame_stride;
+    rows_per_wave_ = static_cast<std::uint32_t>(std::clamp<Bytes>(room / row, 1, total_rows()));
+  }
+  try {
+    scheduler_.begin(batch_, staging, rows_per_wave_ < total_rows());
+  } catch (...) {
+    scheduler_.abort();
+    throw;
+  }
+}
+
+// The first layer brings another number of query heads than the step was begun for. Nothing has
+// been appended yet, so it is begun again; the old number stays where that fails.
+void TieredCache::Impl::restart(std::uint32_t query_heads) {
+  const std::uint32_t before = std::exchange(query_heads_, query_heads);
+  in_step_ = false;
+  try {
+    start();
+  } catch (...) {
+    query_heads_ = before;
+    throw;
+  }
+}
+
+// Where a wave's attention state lies: in staging, or in scratch.
+float* TieredCache::Impl::state() {
+  if (scheduler_.map().device().reserved() > 0) return reinterpret_cast<float*>(staging());
+  scratch_.resize(rows_per_wave_ * state_row_bytes() / sizeof(float));
+  return scratch_.data();
+}
+
+Bytes TieredCache::Impl::state_row_bytes() const {
+  return attention_state_floats(shape(query_heads_, 1)) * sizeof(float);
 }
 
 std::uint32_t TieredCache::Impl::longest() const {
@@ -416,7 +468,8 @@ std::uint32_t TieredCache::Impl::total_rows() const {
   return rows;
 }
 
-// Frames at the top of the arena for contiguous K and V, or for the state of one wave's rows.
+// Frames at the top of the arena for contiguous K and V, or for the state of one wave's rows; 0
+// where that is scratch.
 std::uint32_t TieredCache::Impl::staging_frames() const {
   const Bytes stride = capabilities_.frame_stride;
   const auto frames = [&](Bytes bytes) { return (bytes + stride - 1) / stride; };
@@ -425,11 +478,11 @@ std::uint32_t TieredCache::Impl::staging_frames() const {
     const Bytes bytes = 2 * row * geometry_.kv_heads * longest() * batch_.size();
     return static_cast<std::uint32_t>(std::min<Bytes>(frames(bytes), capabilities_.device_frames));
   }
-  const Bytes row = attention_state_floats(shape(query_heads_, 1)) * sizeof(float);
-  const Bytes least = frames(row);
-  const Bytes most = std::max<Bytes>(least, capabilities_.device_frames / staging_share);
-  const Bytes wanted = frames(row * std::min(total_rows(), wave_rows_max));
-  return static_cast<std::uint32_t>(std::clamp(wanted, least, most));
+  const Bytes row = state_row_bytes();
+  const Bytes most = capabilities_.device_frames / staging_share;
+  if (most * stride < std::max(scratch_bytes, row)) return 0;
+  return static_cast<std::uint32_t>(
+      std::min(frames(row * std::min(total_rows(), wave_rows_max)), most));
 }
 
 // Cuts the step's packed rows into waves of at most `rows_per_wave` rows.
@@ -486,12 +539,10 @@ void TieredCache::Impl::attend(std::uint32_t layer, const LayerInputs& inputs, c
   }
   if (query_heads != query_heads_) {
     require(layer == 0, "attend: the number of query heads changed between layers of one step.");
-    query_heads_ = query_heads;
-    in_step_ = false;
-    start();
+    restart(query_heads);
   }
-  AttendReader reader(*backend_, shape(query_heads, scale), inputs, q, out, lse,
-                      reinterpret_cast<float*>(staging()), wave_first_row_);
+  AttendReader reader(*backend_, shape(query_heads, scale), inputs, q, out, lse, state(),
+                      wave_first_row_);
   run(layer, reader);
 }
 

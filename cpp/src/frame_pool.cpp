@@ -12,6 +12,10 @@ namespace {
 
 constexpr std::uint32_t word_bits = 64;
 
+// A search for a long run settles for the longest of this many: in a pool cut into single frames a
+// full search costs milliseconds and finds nothing.
+constexpr std::uint32_t runs_max = 256;
+
 std::uint32_t word_of(FrameIndex frame) { return frame / word_bits; }
 std::uint64_t bit_of(FrameIndex frame) { return std::uint64_t{1} << (frame % word_bits); }
 
@@ -79,6 +83,7 @@ FrameRun FramePool::next_run_below(FrameIndex end) const {
 // the order it was taken stays in adjacent pieces.
 FrameRun FramePool::find_run(std::uint32_t want, FrameIndex floor) const {
   FrameRun best;
+  std::uint32_t looked_at = 0;
   for (const FrameIndex start : {std::min(run_end_, limit_), limit_}) {
     for (FrameIndex end = start; end > floor;) {
       FrameRun run = next_run_below(end);
@@ -86,7 +91,7 @@ FrameRun FramePool::find_run(std::uint32_t want, FrameIndex floor) const {
       end = run.first;
       run = {std::max(run.first, floor), run.end() - std::max(run.first, floor)};
       if (run.count > best.count) best = run;
-      if (best.count >= want) return best;
+      if (best.count >= want || ++looked_at == runs_max) return best;
     }
   }
   return best;

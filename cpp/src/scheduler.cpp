@@ -15,10 +15,11 @@ namespace {
 // Pool space is asked for from the system in pieces of this many bytes at least.
 constexpr Bytes pool_growth_bytes = Bytes{64} << 20;
 
-std::string mib(std::uint64_t bytes) {
-  const std::uint64_t tenths = (bytes * 10 + (1ULL << 20) - 1) >> 20;
-  return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " MiB (" +
-         std::to_string(bytes) + " bytes)";
+std::string sized(std::uint64_t bytes) {
+  const unsigned shift = bytes < (10ULL << 20) ? 10 : 20;
+  const std::uint64_t tenths = (bytes * 10 + (1ULL << shift) - 1) >> shift;
+  return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) +
+         (shift == 10 ? " KiB (" : " MiB (") + std::to_string(bytes) + " bytes)";
 }
 
 }  // namespace
@@ -82,12 +83,12 @@ void Scheduler::admit(const Snapshot& snapshot, const Plan& plan, std::uint32_t 
     const bool streams = capabilities_.pool_frames > 0 && policy_->name() != "off";
     throw CapacityError(
         "The device tier cannot hold this step: it needs " +
-        mib((needed + staging_frames) * stride) + " and device_bytes gives " +
-        mib(std::uint64_t{capabilities_.device_frames} * stride) + ". " +
+        sized((needed + staging_frames) * stride) + " and device_bytes gives " +
+        sized(std::uint64_t{capabilities_.device_frames} * stride) + ". " +
         (streams ? "What is left over are partial blocks, which stay on the device: raise "
                    "device_bytes to that, or run fewer sequences or fewer new tokens at once."
                  : "Nothing may be pooled under policy '" + policy_->name() + "' with a pool of " +
-                       mib(std::uint64_t{capabilities_.pool_frames} * stride) +
+                       sized(std::uint64_t{capabilities_.pool_frames} * stride) +
                        ": give a pool (pool_bytes) with policy 'fit', or raise device_bytes."));
   }
   std::uint64_t streamed = 0;
@@ -97,19 +98,28 @@ void Scheduler::admit(const Snapshot& snapshot, const Plan& plan, std::uint32_t 
     return;
   }
   const std::string refusal = backend_.pool_refusal();
-  throw CapacityError("The pool tier cannot hold this step: it needs " + mib(streamed * stride) +
-                      ", has " + mib(std::uint64_t{map_.pool().limit()} * stride) +
-                      " and may take " + mib(std::uint64_t{capabilities_.pool_frames} * stride) +
+  throw CapacityError("The pool tier cannot hold this step: it needs " + sized(streamed * stride) +
+                      ", has " + sized(std::uint64_t{map_.pool().limit()} * stride) +
+                      " and may take " + sized(std::uint64_t{capabilities_.pool_frames} * stride) +
                       (refusal.empty() ? "" : " (" + refusal + ")") +
                       ". Raise pool_bytes, free disk space, or free a sequence.");
 }
 
-void Scheduler::begin(std::span<const Growth> batch, std::uint32_t staging_frames) {
+void Scheduler::begin(std::span<const Growth> batch, std::uint32_t staging_frames,
+                      bool several_waves) {
   land();
+  // A wave may end inside a block that the step goes on to fill: then the layer that runs holds one
+  // frame more than the end of the step tells.
+  const bool cut =
+      several_waves && std::ranges::any_of(batch, [&](const Growth& growth) {
+        return growth.new_tokens > 1 &&
+               (growth.sequence->tokens + growth.new_tokens) % geometry_.block_tokens == 0;
+      });
+  const std::uint32_t set_aside = staging_frames + (cut ? 1 : 0);
   std::vector<SequenceView> views;
-  const Snapshot now = snapshot(batch, staging_frames, views);
+  const Snapshot now = snapshot(batch, set_aside, views);
   Plan plan = policy_->plan(now);
-  admit(now, plan, staging_frames);
+  admit(now, plan, set_aside);
 
   plan_ = std::move(plan);
   batch_.assign(batch.begin(), batch.end());
@@ -179,6 +189,7 @@ void Scheduler::set_streamed(Sequence& sequence, std::uint32_t layer, std::uint3
 void Scheduler::reserve_staging(std::uint32_t frames) {
   FramePool& device = map_.device();
   const std::uint32_t limit = device.capacity() - frames;
+  if (limit == device.limit()) return;
   for (FrameIndex frame = limit; frame < device.limit(); ++frame) vacate(frame, limit);
   device.set_limit(limit);
 }
@@ -385,19 +396,19 @@ void Scheduler::pump() {
   }
 }
 
-// Frames for a load of `want` blocks. While other transfers run it is all or nothing: what is read
+// Frames for a load of `want` blocks. While other loads run it is all or nothing: what is read
 // and released in the meantime adds up to large copies again, where taking each crumb at once would
 // keep the ring in crumbs for ever. With nothing under way, any run will do.
 FrameRun Scheduler::take_run(std::uint32_t want, bool ring) {
   const std::uint32_t used = map_.ring_frames();
   const std::uint32_t room = plan_.ring_frames - std::min(plan_.ring_frames, used);
   const std::uint32_t fits = ring ? std::min(want, room) : want;
-  if (fits < want && transfers_.any() && want <= plan_.ring_frames / 2) return {};
+  if (fits < want && transfers_.loading() && want <= plan_.ring_frames / 2) return {};
   FrameRun frames = map_.device().acquire_run(fits, ring ? ring_begin() : 0);
   while (frames.count == 0 && fits > 0 && evict_surplus(true)) {
     frames = map_.device().acquire_run(fits, ring ? ring_begin() : 0);
   }
-  if (frames.count == fits || !transfers_.any() || fits > plan_.ring_frames / 2) return frames;
+  if (frames.count == fits || !transfers_.loading() || fits > plan_.ring_frames / 2) return frames;
   map_.device().release(frames);
   return {};
 }
@@ -417,7 +428,7 @@ FrameIndex Scheduler::take_frame() {
 void Scheduler::make_room() {
   land();
   const bool none_free = map_.device().free() == 0;
-  if (!none_free && map_.ring_frames() < plan_.ring_frames) return;
+  if (!none_free && map_.ring_frames() < std::max(1U, plan_.ring_frames)) return;
   if (none_free && evict_surplus(false)) return;
   if (evict_prefetched()) return;
   if (none_free && evict_any()) return;
@@ -429,8 +440,9 @@ void Scheduler::write_or_wait() {
     wait();
     raise_errors();
   } else if (!write_any()) {
+    raise_errors();
     throw CapacityError("The device tier is full of blocks that cannot be moved to the pool (" +
-                        mib(std::uint64_t{map_.device().used()} * capabilities_.frame_stride) +
+                        sized(std::uint64_t{map_.device().used()} * capabilities_.frame_stride) +
                         " in use). Raise device_bytes, raise pool_bytes, or free a sequence.");
   }
 }
@@ -492,7 +504,7 @@ bool Scheduler::write_any() {
   for (auto& [id, sequence] : map_.sequences()) {
     for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
       sequence.layers[layer].written = 0;
-      write_full(sequence, layer, sequence.tokens / geometry_.block_tokens);
+      write_full(sequence, layer, sequence.tokens / geometry_.block_tokens, true);
       if (transfers_.any()) return true;
     }
   }
@@ -502,22 +514,26 @@ bool Scheduler::write_any() {
 // ---- the pool copy ------------------------------------------------------------------------------
 
 // Writes the dirty ones of blocks [written, limit), adjacent blocks as one ticket. Stops where the
-// pool is full: what is not written stays on the device.
-void Scheduler::write_full(Sequence& sequence, std::uint32_t layer, std::uint32_t limit) {
+// pool is full: what is not written stays on the device. Blocks that the plan streams, and any in a
+// `rescue`, may take the pool copies of blocks that it keeps.
+void Scheduler::write_full(Sequence& sequence, std::uint32_t layer, std::uint32_t limit,
+                           bool rescue) {
   LayerBlocks& blocks = sequence.layers[layer];
   std::vector<FrameIndex> frames;
   while (blocks.written < limit) {
+    const std::uint32_t first = blocks.written;  // reclaiming pool frames may lower it
     frames.clear();
-    std::uint32_t b = blocks.written;
+    std::uint32_t b = first;
     for (; b < limit && frames.size() < copy_frames_; ++b) {
       if (blocks.blocks[b].state != BlockState::dirty) break;
-      const FrameIndex frame = take_pool_frame(blocks, std::max(limit, blocks.streamed) - b);
+      const FrameIndex frame = take_pool_frame(blocks, std::max(limit, blocks.streamed) - b,
+                                               rescue || b < blocks.streamed);
       if (frame == no_frame) break;
       frames.push_back(frame);
     }
     if (!frames.empty()) {
-      transfers_.write(sequence, layer, blocks.written, frames);
-      blocks.written = b;
+      transfers_.write(sequence, layer, first, frames);
+      if (blocks.written == first) blocks.written = b;
     } else if (blocks.blocks[b].state == BlockState::dirty) {
       return;
     } else {
@@ -526,12 +542,12 @@ void Scheduler::write_full(Sequence& sequence, std::uint32_t layer, std::uint32_
   }
 }
 
-FrameIndex Scheduler::take_pool_frame(LayerBlocks& layer, std::uint32_t needed) {
+FrameIndex Scheduler::take_pool_frame(LayerBlocks& layer, std::uint32_t needed, bool reclaim) {
   for (;;) {
     const FrameIndex frame = map_.take_pool_frame(layer, needed, copy_frames_);
     if (frame != no_frame) return frame;
     if (grow_pool(map_.pool().limit() + 1)) continue;
-    if (map_.release_extents() == 0 && !reclaim_pool()) return no_frame;
+    if (map_.release_extents() == 0 && !(reclaim && reclaim_pool())) return no_frame;
   }
 }
 
@@ -543,7 +559,8 @@ bool Scheduler::grow_pool(std::uint32_t frames) {
   const std::uint64_t want = std::max<std::uint64_t>(frames, pool.limit() + step);
   const auto target =
       static_cast<std::uint32_t>(std::min<std::uint64_t>(want, capabilities_.pool_frames));
-  const std::uint32_t usable = backend_.grow_pool(target);
+  std::uint32_t usable = backend_.grow_pool(target);
+  if (usable < frames) usable = backend_.grow_pool(frames);  // the last of the disk
   if (usable > pool.limit()) pool.set_limit(usable);
   return pool.limit() >= frames;
 }
@@ -570,10 +587,10 @@ bool Scheduler::reclaim_pool() {
 void Scheduler::finish() {
   land();
   raise_errors();
+  for (const Growth& growth : batch_) growth.sequence->tokens += growth.new_tokens;
   for (const Growth& growth : batch_) {
     Sequence& sequence = *growth.sequence;
-    const std::uint32_t before = sequence.tokens / geometry_.block_tokens;
-    sequence.tokens += growth.new_tokens;
+    const std::uint32_t before = (sequence.tokens - growth.new_tokens) / geometry_.block_tokens;
     const std::uint32_t full = sequence.tokens / geometry_.block_tokens;
     if (full == before) continue;
     for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
@@ -623,14 +640,29 @@ void Scheduler::cut(Sequence& sequence, std::uint32_t tokens) {
 void Scheduler::truncate(Sequence& sequence, std::uint32_t tokens) {
   visits_.clear();
   settle(sequence);
-  const std::uint32_t before = std::exchange(sequence.tokens, tokens);
+  map_.device().set_limit(map_.device().capacity());  // the last step's staging is over
+  if (tokens % geometry_.block_tokens != 0) open_block(sequence, tokens);
+  sequence.tokens = tokens;
+  cut(sequence, tokens);
+}
+
+// Makes the block that `tokens` cuts through partial. While the sequence is taken to end there, it
+// is not written again. Where the device has no room, what lies behind the block goes first.
+void Scheduler::open_block(Sequence& sequence, std::uint32_t tokens) {
+  const std::uint32_t index = tokens / geometry_.block_tokens;
+  std::uint32_t kept = std::exchange(sequence.tokens, tokens);
   try {
-    if (tokens % geometry_.block_tokens != 0) soil(sequence, tokens / geometry_.block_tokens);
+    try {
+      soil(sequence, index);
+    } catch (const CapacityError&) {
+      kept = std::min(kept, (index + 1) * geometry_.block_tokens);
+      cut(sequence, kept);
+      soil(sequence, index);
+    }
   } catch (...) {
-    sequence.tokens = before;
+    sequence.tokens = kept;
     throw;
   }
-  cut(sequence, tokens);
 }
 
 // Has a block of every layer on the device without a pool copy, ready to be written again. Where a
@@ -674,7 +706,9 @@ void Scheduler::land() {
       const BlockKey key{landed.sequence, landed.layer, landed.first_block + i};
       if (landed.lane == Lane::device_to_pool) {
         if (key.block < layer.streamed) surplus_.push_back(key);
-      } else if (!landed.sequence->active && BlockMap::at(key).ring) {
+      } else if (!BlockMap::at(key).ring) {
+        if (key.block < layer.streamed) surplus_.push_back(key);  // the plan changed meanwhile
+      } else if (!landed.sequence->active) {
         map_.evict(key);
       }
     }

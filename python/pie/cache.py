@@ -22,6 +22,7 @@ from pie._core import ConfigError, LogicError
 from pie.sizes import parse_size
 
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+_AUTO_FREE_BYTES = 16 << 20  # on a disk with less free than this, "auto" is refused
 _ROOM_TOKENS = 256  # a sequence's last block may be this much larger than what is in it
 _ROOM_BYTES = 64 << 20  # for what is not KV: attention's state, staging
 _ALIASES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -130,7 +131,7 @@ class TieredKVCache:
         block_tokens: int | None = None,
         policy: str = "fit",
     ) -> None:
-        if torch.device(device).type != "cpu":
+        if str(device).partition(":")[0] != "cpu":
             raise ConfigError(
                 f"device is {str(device)!r}: this build of Pie computes on 'cpu' only, "
                 "its CUDA backend is not part of it."
@@ -267,7 +268,7 @@ class TieredKVCache:
 
         Each is `[batch, num_kv_heads, longest, head_dim]`, shorter sequences padded with zeros on
         the right. Both are views of one staging buffer: their contents last until the next
-        `gather` or step.
+        `gather`, step or truncation.
         """
         self._open_rows("gather")
         self._check_tensor("k", k, self.num_kv_heads)
@@ -345,8 +346,10 @@ class TieredKVCache:
         return self._rows
 
     def _layer(self, layer: int) -> int:
-        if not 0 <= layer < self.num_layers:
-            raise LogicError(f"layer is {layer}: this cache has layers 0 to {self.num_layers - 1}.")
+        if type(layer) is not int or not 0 <= layer < self.num_layers:
+            raise LogicError(
+                f"layer is {layer!r}: this cache has layers 0 to {self.num_layers - 1}."
+            )
         return layer
 
     def _query_heads(self, q: torch.Tensor) -> int:
@@ -379,29 +382,35 @@ class TieredKVCache:
 
 
 def _positive(name: str, value: int) -> int:
-    if not isinstance(value, int) or not 0 < value < 2**32:
+    if type(value) is not int or not 0 < value < 2**32:
         raise ConfigError(f"{name} is {value!r}: give a whole number of at least 1.")
     return value
 
 
 def _count(name: str, value: int) -> int:
-    if not isinstance(value, int) or not 0 <= value < 2**32:
+    if type(value) is not int or not 0 <= value < 2**32:
         raise LogicError(f"{name} is {value!r}: give a whole number that is not negative.")
     return value
 
 
 def _known(sequence: int) -> int:
-    if not isinstance(sequence, int) or not 0 <= sequence < 2**64:
+    if type(sequence) is not int or not 0 <= sequence < 2**64:
         raise LogicError(f"{sequence!r} is not a sequence: use what add() returned.")
     return sequence
 
 
 def _pool_bytes(pool_bytes: int | str | None, directory: str) -> int:
-    if pool_bytes is None or pool_bytes == 0:
+    if pool_bytes is None or (type(pool_bytes) is int and pool_bytes == 0):
         return 0
     if pool_bytes == "auto":
         place = directory.removeprefix("tmpfs:") or _core.default_pool_dir()
-        return _core.free_disk_bytes(place) // 2
+        free = _core.free_disk_bytes(place)
+        if free < _AUTO_FREE_BYTES:
+            raise ConfigError(
+                f"pool_bytes is 'auto', half of what is free on the disk of {place}, and only "
+                f"{free} bytes are: free some, name another pool_dir, or give 0 for no pool."
+            )
+        return free // 2
     return parse_size(pool_bytes, "pool_bytes")
 
 

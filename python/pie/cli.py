@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pie import info
-from pie._core import ConfigError
+from pie._core import ConfigError, LogicError
 from pie.sizes import format_size, parse_size
 
 _EPILOG = """\
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _generate(options)
     except KeyboardInterrupt:
         return 130
-    except (ConfigError, MemoryError, OSError, ImportError) as error:
+    except (ConfigError, LogicError, MemoryError, OSError, ImportError) as error:
         return _refuse(error)
 
 

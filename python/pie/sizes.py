@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 from pie._core import ConfigError
 
@@ -28,7 +29,7 @@ def parse_size(size: int | str, what: str) -> int:
                 f"{what} is {size!r}, which is not a size: "
                 "give a number of bytes, or text such as '512MiB' or '1.5GB'."
             )
-        number = int(float(match[1]) * _UNITS[match[2].upper()])
+        number = int(Decimal(match[1]) * _UNITS[match[2].upper()])
     elif isinstance(size, int) and not isinstance(size, bool):
         number = size
     else:

@@ -22,6 +22,7 @@ struct MemoryOptions {
   std::uint32_t device_frames = 16;
   std::uint32_t pool_frames = 64;
   Bytes frame_bytes = 4096;
+  std::uint32_t copy_frames_best = 4;
   std::uint64_t seed = 1;
   double failure_probability = 0;              // of a ticket
   std::uint64_t fail_ticket = 0;               // the one with this number, counted from 1; 0: none
@@ -41,7 +42,7 @@ class MemoryBackend final : public Backend {
     result.device_frames = options_.device_frames;
     result.pool_frames = options_.pool_frames;
     result.frame_stride = options_.frame_bytes;
-    result.copy_bytes_best = 4 * options_.frame_bytes;
+    result.copy_bytes_best = options_.copy_frames_best * options_.frame_bytes;
     result.pool_io = "memory";
     return result;
   }

@@ -60,7 +60,14 @@ class Model {
   }
 
   void truncate(SequenceId id, std::uint32_t tokens) {
-    cache_->truncate(id, tokens);
+    try {
+      cache_->truncate(id, tokens);
+    } catch (...) {
+      // What was to go may be gone; what was to stay is there.
+      ASSERT_GE(cache_->length(id), tokens);
+      salts_[id].resize(cache_->length(id));
+      throw;
+    }
     salts_[id].resize(tokens);
   }
 

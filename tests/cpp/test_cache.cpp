@@ -30,8 +30,9 @@ std::vector<StepEntry> random_batch(Swarm& swarm, const Model& model) {
   std::vector<StepEntry> batch;
   for (const auto& [id, salts] : model.salts()) {
     if (swarm.pick(3) == 0) continue;
-    const std::uint32_t length[] = {1, 1, 1, 1 + swarm.pick(16), 1 + swarm.pick(90)};
-    batch.push_back({id, length[swarm.pick(5)]});
+    const std::uint32_t length[] = {
+        1, 1, 1, 1 + swarm.pick(16), 1 + swarm.pick(90), 16 * (1 + swarm.pick(5))};
+    batch.push_back({id, length[swarm.pick(6)]});
   }
   std::shuffle(batch.begin(), batch.end(), swarm.random);
   return batch;
@@ -83,6 +84,11 @@ void run_operations(Swarm& swarm, Model& model, Tally& tally) {
     model.check();
   }
   tally.streamed += model.cache().stats().streamed_bytes;
+  const auto salts = model.salts();
+  for (const auto& [id, tokens] : salts) model.free(id);
+  model.check();
+  EXPECT_EQ(model.cache().stats().resident_frames, 0U);
+  EXPECT_EQ(model.cache().stats().pool_bytes_used, 0U);
 }
 
 void run_seed(std::uint64_t seed, Tally& tally, double failures) {
@@ -91,7 +97,8 @@ void run_seed(std::uint64_t seed, Tally& tally, double failures) {
   const std::uint32_t layers = 1 + swarm.pick(4);
   MemoryOptions options;
   options.frame_bytes = small_geometry(layers).frame_bytes();
-  options.device_frames = layers + 2 + swarm.pick(layers * 12);
+  options.copy_frames_best = 1U << swarm.pick(5);
+  options.device_frames = layers + 2 + (swarm.pick(8) == 0 ? 0 : swarm.pick(layers * 12));
   options.pool_frames = swarm.pick(5) == 0 ? swarm.pick(20) : 200 + swarm.pick(400);
   options.seed = seed;
   options.failure_probability = failures;

@@ -115,6 +115,31 @@ TEST(Scheduler, ThreeFramesALayerAreEnoughForOneSequence) {
   }
 }
 
+// Many query heads on few KV heads have more state than KV: it must not count against the frames.
+TEST(Scheduler, ThreeFramesALayerAreEnoughForManyQueryHeads) {
+  const Geometry geometry{3, 1, 64, 16, DType::f32};
+  MemoryOptions options;
+  options.device_frames = 9;
+  options.pool_frames = 500;
+  options.frame_bytes = geometry.frame_bytes();
+  TieredCache cache(geometry, "fit", std::make_unique<testing::MemoryBackend>(options));
+  const std::vector<StepEntry> batch{{cache.add(), 70}};
+  const std::vector<float> q(70 * 71 * 64, 0.1F);
+  const Rows kv{q.data(), 64, 64};
+  std::vector<float> out(q.size());
+  for (int step = 0; step < 4; ++step) {
+    cache.begin(batch, Reader::attend);
+    for (std::uint32_t layer = 0; layer < 3; ++layer) {
+      cache.attend(layer, {kv, kv}, {q.data(), 71 * 64, 64}, {out.data(), 71 * 64, 64}, 71, 0.1F,
+                   nullptr);
+    }
+    cache.finish();
+    cache.check();
+  }
+  EXPECT_EQ(cache.length(batch[0].sequence), 280U);
+  EXPECT_GT(cache.stats().streamed_bytes, 0U);
+}
+
 TEST(Scheduler, RefusesWholeWhatNoTierCanHold) {
   MemoryOptions options = options_for(2, 12, 1000);
   options.growable_frames = 20;
@@ -142,6 +167,68 @@ TEST(Scheduler, PoliciesWithoutAPoolSayWhatIsMissing) {
     EXPECT_NE(std::string(error.what()).find("pool_bytes"), std::string::npos);
   }
   grow(model, id, 1);
+}
+
+// Two sequences in a pool that is full or nearly so, with copies of blocks that stay on the device:
+// those give way to blocks that must leave it.
+TEST(Scheduler, AFullPoolGivesUpCopiesOfWhatStays) {
+  std::uint32_t refused = 0;
+  for (std::uint32_t device = 10; device < 60; device += 3) {
+    for (std::uint32_t pool = 3; pool < 60; pool += 2) {
+      Model model(2, "fit", options_for(2, device, pool));
+      const SequenceId first = model.add();
+      const SequenceId second = model.add();
+      for (int i = 0; i < 12 && !HasFailure(); ++i) {
+        try {
+          grow(model, i % 2 == 0 ? first : second, 48);
+        } catch (const CapacityError& error) {
+          ++refused;
+          EXPECT_NE(std::string(error.what()).find("cannot hold this step"), std::string::npos)
+              << error.what();
+        }
+        model.check();
+      }
+    }
+  }
+  EXPECT_GT(refused, 0U);
+}
+
+TEST(Scheduler, WritesAreFewWhereThePoolIsNearlyFull) {
+  Bytes written[2];
+  for (const std::uint32_t pool : {4000U, 900U}) {
+    Model model(2, "fit", options_for(2, 1000, pool));
+    const SequenceId id = model.add();
+    grow(model, id, 16 * 560);
+    for (int i = 0; i < 16 * 4; ++i) grow(model, id, 1);
+    written[pool == 900U ? 1 : 0] = model.cache().stats().written_bytes;
+  }
+  EXPECT_LE(written[1], written[0]);
+}
+
+TEST(Scheduler, AStepOfSeveralWavesRunsOrIsRefusedWhole) {
+  for (std::uint32_t device = 5; device < 16; ++device) {
+    for (const std::uint32_t tokens : {24U, 40U, 72U, 88U, 89U, 120U}) {
+      Model model(3, "fit", options_for(3, device, 1000));
+      const SequenceId id = model.add();
+      grow(model, id, 8);
+      try {
+        grow(model, id, tokens);
+      } catch (const CapacityError& error) {
+        EXPECT_NE(std::string(error.what()).find("cannot hold this step"), std::string::npos)
+            << "device " << device << ", " << tokens << " tokens: " << error.what();
+      }
+      model.check();
+    }
+  }
+}
+
+TEST(Scheduler, TruncationNeedsNoMoreThanTheLeastBudget) {
+  Model model(2, "fit", options_for(2, 4, 200));
+  const SequenceId id = model.add();
+  for (int i = 0; i < 55; ++i) grow(model, id, 1);
+  model.truncate(id, 44);
+  model.check();
+  for (int i = 0; i < 30; ++i) grow(model, id, 1);
 }
 
 // The i-th copy fails once, for every i: a retry hides it.
@@ -198,7 +285,7 @@ TEST(Scheduler, ABrokenLinkLosesNothing) {
 }
 
 TEST(Scheduler, AFailureTouchesOnlyItsSequence) {
-  Model model(2, "fit", options_for(2, 24, 400));
+  Model model(2, "fit", options_for(2, 20, 400));
   const SequenceId streamed = model.add();
   const SequenceId resident = model.add();
   grow(model, streamed, 160);
@@ -229,6 +316,7 @@ TEST(Scheduler, StepsOutOfTurnAreRefused) {
   EXPECT_THROW(cache.begin(std::vector<StepEntry>{{id, 0}}, Reader::gather), LogicError);
   EXPECT_THROW(cache.begin(std::vector<StepEntry>{{id, 1}, {id, 1}}, Reader::gather), LogicError);
   EXPECT_THROW(cache.begin(std::vector<StepEntry>{{id + 1, 1}}, Reader::gather), LogicError);
+  EXPECT_THROW(cache.begin(std::vector<StepEntry>{{id, 0xffffffff}}, Reader::gather), LogicError);
   cache.begin(batch, Reader::gather);
   EXPECT_THROW(cache.begin(batch, Reader::gather), LogicError);
   EXPECT_THROW(cache.free(id), LogicError);

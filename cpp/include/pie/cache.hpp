@@ -45,7 +45,7 @@ struct LayerInputs {
 };
 
 // Contiguous K and V of the batch, each `[batch, kv_heads, longest, head_dim]`; shorter sequences
-// are padded with zeros on the right. Valid until the next `gather` or `begin`.
+// are padded with zeros on the right. Valid until the next `gather`, `begin` or `truncate`.
 struct Gathered {
   void* k = nullptr;
   void* v = nullptr;

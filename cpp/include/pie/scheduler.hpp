@@ -73,9 +73,10 @@ class Scheduler {
   [[nodiscard]] const Plan& plan() const { return plan_; }
   [[nodiscard]] Nanos stall_ns() const { return stall_ns_; }
 
-  // Plans the step and makes room for it, `staging_frames` at the top of the arena included. Throws
-  // CapacityError with nothing changed where it cannot fit.
-  void begin(std::span<const Growth> batch, std::uint32_t staging_frames);
+  // Plans the step and makes room for it, `staging_frames` at the top of the arena included;
+  // `several_waves` says whether its visits will have more than one. Throws CapacityError, with
+  // nothing lost, where it cannot fit.
+  void begin(std::span<const Growth> batch, std::uint32_t staging_frames, bool several_waves);
 
   // The rows of the step, in order; set before the first layer.
   void set_visits(std::vector<Visit> visits);
@@ -138,8 +139,9 @@ class Scheduler {
   [[nodiscard]] bool evict_any();
   [[nodiscard]] bool write_any();
 
-  void write_full(Sequence& sequence, std::uint32_t layer, std::uint32_t limit);
-  [[nodiscard]] FrameIndex take_pool_frame(LayerBlocks& layer, std::uint32_t needed);
+  void write_full(Sequence& sequence, std::uint32_t layer, std::uint32_t limit,
+                  bool rescue = false);
+  [[nodiscard]] FrameIndex take_pool_frame(LayerBlocks& layer, std::uint32_t needed, bool reclaim);
   [[nodiscard]] bool grow_pool(std::uint32_t frames);
   [[nodiscard]] bool reclaim_pool();
 
@@ -147,6 +149,7 @@ class Scheduler {
   void wait();
   void settle(const Sequence& sequence);
   void raise_errors();
+  void open_block(Sequence& sequence, std::uint32_t tokens);
   void soil(Sequence& sequence, std::uint32_t index);
   void load_now(const BlockKey& key);
   void cut(Sequence& sequence, std::uint32_t tokens);

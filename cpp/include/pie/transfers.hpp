@@ -45,6 +45,7 @@ class Transfers {
   void wait();
 
   [[nodiscard]] bool any() const { return !in_flight_.empty(); }
+  [[nodiscard]] bool loading() const { return map_.count(BlockState::loading) > 0; }
   [[nodiscard]] std::uint64_t loaded_frames() const { return loaded_frames_; }
   [[nodiscard]] std::uint64_t written_frames() const { return written_frames_; }
   [[nodiscard]] std::uint64_t retries() const { return retries_; }

@@ -28,6 +28,8 @@ class Sampling:
             raise ConfigError(f"temperature is {self.temperature}: give 0 (greedy) or more.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}: give more than 0, at most 1.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}: give a whole number from 0, below 2**63.")
 
 
 def stream(

@@ -51,6 +51,14 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf)
     except (ConfigError, MemoryError):
         raise
+    except KeyError as error:
+        if error.args != (attn_implementation,):
+            raise ConfigError(f"{name} cannot be loaded: {_first_line(error)}") from error
+        # The class looks its attention up in a table of its own.
+        raise ConfigError(
+            f"Pie does not run {name} with attn_implementation={attn_implementation!r}: its "
+            "attention does not go through the attention interface of transformers. Use 'eager'."
+        ) from error
     except Exception as error:
         # Whatever a damaged or foreign file makes the readers raise, the user gets one sentence.
         raise ConfigError(
