@@ -704,13 +704,10 @@ void Scheduler::land() {
     const LayerBlocks& layer = landed.sequence->layers[landed.layer];
     for (std::uint32_t i = 0; i < landed.count; ++i) {
       const BlockKey key{landed.sequence, landed.layer, landed.first_block + i};
-      if (landed.lane == Lane::device_to_pool) {
-        if (key.block < layer.streamed) surplus_.push_back(key);
-      } else if (!BlockMap::at(key).ring) {
-        if (key.block < layer.streamed) surplus_.push_back(key);  // the plan changed meanwhile
-      } else if (!landed.sequence->active) {
-        map_.evict(key);
-      }
+      const bool ring = BlockMap::at(key).ring;
+      // Written, or loaded under an earlier plan: the plan in force does not keep it.
+      if (!ring && key.block < layer.streamed) surplus_.push_back(key);
+      if (ring && !landed.sequence->active) map_.evict(key);
     }
   }
   while (!loaded_.empty() && !BlockMap::at(loaded_.front()).ring) loaded_.pop_front();
