@@ -51,12 +51,6 @@ FrameIndex FramePool::acquire() {
   return frame;
 }
 
-bool FramePool::acquire_at(FrameIndex frame) {
-  if (!is_free(frame)) return false;
-  mark(frame, false);
-  return true;
-}
-
 // The highest run of free frames that ends at or below `end`; count 0 where there is none.
 FrameRun FramePool::next_run_below(FrameIndex end) const {
   const auto run_of_bits = [this](FrameIndex below, bool free) {

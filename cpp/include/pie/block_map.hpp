@@ -124,8 +124,6 @@ class BlockMap {
     return counts_[static_cast<std::size_t>(state)];
   }
   [[nodiscard]] std::uint32_t ring_frames() const { return ring_; }
-  // Pool frames that hold no block and are promised to none.
-  [[nodiscard]] std::uint32_t spare_pool_frames() const { return pool_.free() + set_aside_; }
 
   // Every frame has at most one owner, each tier's frames add up, states and counts agree.
   void check() const;

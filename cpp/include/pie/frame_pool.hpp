@@ -20,9 +20,6 @@ class FramePool {
   // The lowest free frame, or no_frame.
   FrameIndex acquire();
 
-  // The given frame if it is free.
-  bool acquire_at(FrameIndex frame);
-
   // A run of 1 to `want` adjacent frames at or above `floor`: the first from the top that holds
   // `want`, else the longest there is. Where nothing is free there, one below; `count` 0 where
   // nothing is free at all.
