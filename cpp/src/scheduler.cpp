@@ -559,8 +559,8 @@ bool Scheduler::grow_pool(std::uint32_t frames) {
   const std::uint64_t want = std::max<std::uint64_t>(frames, pool.limit() + step);
   const auto target =
       static_cast<std::uint32_t>(std::min<std::uint64_t>(want, capabilities_.pool_frames));
-  std::uint32_t usable = backend_.grow_pool(target);
-  if (usable < frames) usable = backend_.grow_pool(frames);  // the last of the disk
+  std::uint32_t usable = backend_.resize_pool(target);
+  if (usable < frames) usable = backend_.resize_pool(frames);  // the last of the disk
   if (usable > pool.limit()) pool.set_limit(usable);
   return pool.limit() >= frames;
 }

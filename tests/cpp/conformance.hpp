@@ -120,17 +120,17 @@ TYPED_TEST_P(BackendConformance, SaysWhatItHas) {
 
 TYPED_TEST_P(BackendConformance, PoolGrowsAndNeverShrinks) {
   const auto backend = TypeParam::open(4, 16);
-  EXPECT_EQ(backend->grow_pool(2), 2U);
-  EXPECT_EQ(backend->grow_pool(1), 2U);
-  EXPECT_EQ(backend->grow_pool(0), 2U);
-  EXPECT_EQ(backend->grow_pool(9), 9U);
-  EXPECT_EQ(backend->grow_pool(1000), 16U) << "no more than the capacity";
+  EXPECT_EQ(backend->resize_pool(2), 2U);
+  EXPECT_EQ(backend->resize_pool(1), 2U);
+  EXPECT_EQ(backend->resize_pool(0), 2U);
+  EXPECT_EQ(backend->resize_pool(9), 9U);
+  EXPECT_EQ(backend->resize_pool(1000), 16U) << "no more than the capacity";
   EXPECT_EQ(backend->pool_refusal(), "");
 }
 
 TYPED_TEST_P(BackendConformance, SingleFramesComeBack) {
   const auto backend = TypeParam::open(4, 16);
-  ASSERT_EQ(backend->grow_pool(16), 16U);
+  ASSERT_EQ(backend->resize_pool(16), 16U);
   for (std::uint32_t i = 0; i < 16; ++i) {
     fill(*backend, i % 4, i);
     ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{i % 4, i, 1}})));
@@ -143,7 +143,7 @@ TYPED_TEST_P(BackendConformance, SingleFramesComeBack) {
 
 TYPED_TEST_P(BackendConformance, RunsComeBack) {
   const auto backend = TypeParam::open(128, 256);
-  ASSERT_EQ(backend->grow_pool(256), 256U);
+  ASSERT_EQ(backend->resize_pool(256), 256U);
   for (std::uint32_t i = 0; i < 128; ++i) fill(*backend, i, i);
   ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 100, 128}})));
   for (std::uint32_t i = 0; i < 128; ++i) fill(*backend, i, 999);
@@ -156,7 +156,7 @@ TYPED_TEST_P(BackendConformance, RunsComeBack) {
 
 TYPED_TEST_P(BackendConformance, OneTicketHasManyCopies) {
   const auto backend = TypeParam::open(64, 64);
-  ASSERT_EQ(backend->grow_pool(64), 64U);
+  ASSERT_EQ(backend->resize_pool(64), 64U);
   std::vector<Copy> out;
   std::vector<Copy> back;
   for (std::uint32_t i = 0; i < 64; ++i) {
@@ -176,7 +176,7 @@ TYPED_TEST_P(BackendConformance, TicketWithoutCopiesEnds) {
 
 TYPED_TEST_P(BackendConformance, EveryTicketEndsOnce) {
   const auto backend = TypeParam::open(200, 200);
-  ASSERT_EQ(backend->grow_pool(200), 200U);
+  ASSERT_EQ(backend->resize_pool(200), 200U);
   std::vector<Ticket> tickets;
   for (std::uint32_t i = 0; i < 200; ++i) {
     if (i < 100) fill(*backend, i, i);
@@ -198,7 +198,7 @@ TYPED_TEST_P(BackendConformance, EveryTicketEndsOnce) {
 
 TYPED_TEST_P(BackendConformance, TicketsCountUpWithinTheirLane) {
   const auto backend = TypeParam::open(4, 4);
-  ASSERT_EQ(backend->grow_pool(4), 4U);
+  ASSERT_EQ(backend->resize_pool(4), 4U);
   const Ticket first = submit(*backend, to_pool, {{0, 0, 1}});
   const Ticket second = submit(*backend, to_pool, {{1, 1, 1}});
   const Ticket other = submit(*backend, to_device, {{2, 2, 1}});
@@ -214,7 +214,7 @@ TYPED_TEST_P(BackendConformance, TicketsCountUpWithinTheirLane) {
 TYPED_TEST_P(BackendConformance, DependentTicketsSeeWhatTheyWaitFor) {
   constexpr std::uint32_t frames = 40;
   const auto backend = TypeParam::open(frames, frames);
-  ASSERT_EQ(backend->grow_pool(frames), frames);
+  ASSERT_EQ(backend->resize_pool(frames), frames);
   for (std::uint32_t i = 0; i < frames; ++i) fill(*backend, i, i);
   std::vector<Dep> previous;
   for (std::uint32_t i = 0; i + 1 < frames; ++i) {
@@ -227,7 +227,7 @@ TYPED_TEST_P(BackendConformance, DependentTicketsSeeWhatTheyWaitFor) {
 
 TYPED_TEST_P(BackendConformance, OneTicketWaitsForSeveral) {
   const auto backend = TypeParam::open(16, 16);
-  ASSERT_EQ(backend->grow_pool(16), 16U);
+  ASSERT_EQ(backend->resize_pool(16), 16U);
   std::vector<Dep> writes;
   for (std::uint32_t i = 0; i < 8; ++i) {
     fill(*backend, i, i);
@@ -241,7 +241,7 @@ TYPED_TEST_P(BackendConformance, OneTicketWaitsForSeveral) {
 
 TYPED_TEST_P(BackendConformance, WaitsForATicketThatWasPolledLongAgo) {
   const auto backend = TypeParam::open(2, 2);
-  ASSERT_EQ(backend->grow_pool(2), 2U);
+  ASSERT_EQ(backend->resize_pool(2), 2U);
   fill(*backend, 0, 7);
   const Ticket write = submit(*backend, to_pool, {{0, 0, 1}});
   ASSERT_EQ(collect(*backend, 1).size(), 1U);
@@ -253,7 +253,7 @@ TYPED_TEST_P(BackendConformance, WaitsForATicketThatWasPolledLongAgo) {
 
 TYPED_TEST_P(BackendConformance, RefusesFramesOutOfRange) {
   const auto backend = TypeParam::open(4, 8);
-  ASSERT_EQ(backend->grow_pool(6), 6U);
+  ASSERT_EQ(backend->resize_pool(6), 6U);
   for (const Lane lane : {to_device, to_pool}) {
     EXPECT_THROW(submit(*backend, lane, {{4, 0, 1}}), LogicError);
     EXPECT_THROW(submit(*backend, lane, {{3, 0, 2}}), LogicError);
@@ -272,7 +272,7 @@ TYPED_TEST_P(BackendConformance, RefusesFramesOutOfRange) {
 
 TYPED_TEST_P(BackendConformance, RefusesToWaitForWhatWasNeverSubmitted) {
   const auto backend = TypeParam::open(2, 2);
-  ASSERT_EQ(backend->grow_pool(2), 2U);
+  ASSERT_EQ(backend->resize_pool(2), 2U);
   EXPECT_THROW(submit(*backend, to_device, {{0, 0, 1}}, {after({to_device, 1})}), LogicError);
   EXPECT_THROW(submit(*backend, to_device, {{0, 0, 1}}, {after({to_pool, 1})}), LogicError);
   EXPECT_THROW(submit(*backend, to_device, {{0, 0, 1}}, {{Fence{12345}, {}}}), LogicError);
@@ -282,14 +282,14 @@ TYPED_TEST_P(BackendConformance, RefusesToWaitForWhatWasNeverSubmitted) {
 TYPED_TEST_P(BackendConformance, WaitReturnsWhenNothingIsInFlight) {
   const auto backend = TypeParam::open(2, 2);
   backend->wait(forever);
-  ASSERT_EQ(backend->grow_pool(2), 2U);
+  ASSERT_EQ(backend->resize_pool(2), 2U);
   ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, 2}})));
   backend->wait(forever);
 }
 
 TYPED_TEST_P(BackendConformance, WaitReturnsWhileSomethingIsThereToPoll) {
   const auto backend = TypeParam::open(4, 4);
-  ASSERT_EQ(backend->grow_pool(4), 4U);
+  ASSERT_EQ(backend->resize_pool(4), 4U);
   submit(*backend, to_pool, {{0, 0, 1}});
   submit(*backend, to_pool, {{1, 1, 1}});
   std::array<Completion, 1> one;
@@ -304,7 +304,7 @@ TYPED_TEST_P(BackendConformance, WaitReturnsWhileSomethingIsThereToPoll) {
 
 TYPED_TEST_P(BackendConformance, PollWithoutRoomLosesNothing) {
   const auto backend = TypeParam::open(2, 2);
-  ASSERT_EQ(backend->grow_pool(2), 2U);
+  ASSERT_EQ(backend->resize_pool(2), 2U);
   submit(*backend, to_pool, {{0, 0, 1}});
   backend->wait(forever);
   EXPECT_EQ(backend->poll({}), 0U);
@@ -314,7 +314,7 @@ TYPED_TEST_P(BackendConformance, PollWithoutRoomLosesNothing) {
 // One thread at a time, but not always the same: the one that submitted may be gone by then.
 TYPED_TEST_P(BackendConformance, ThreadsMayTakeTurns) {
   const auto backend = TypeParam::open(256, 256);
-  ASSERT_EQ(backend->grow_pool(256), 256U);
+  ASSERT_EQ(backend->resize_pool(256), 256U);
   for (std::uint32_t i = 0; i < 256; ++i) fill(*backend, i, i);
   std::thread([&] { submit(*backend, to_pool, {{0, 0, 256}}); }).join();
   ASSERT_EQ(collect(*backend, 1).size(), 1U);
@@ -331,7 +331,7 @@ TYPED_TEST_P(BackendConformance, ThreadsMayTakeTurns) {
 TYPED_TEST_P(BackendConformance, CanBeDestroyedWhileCopiesAreInFlight) {
   for (int round = 0; round < 4; ++round) {
     const auto backend = TypeParam::open(384, 512);
-    ASSERT_EQ(backend->grow_pool(512), 512U);
+    ASSERT_EQ(backend->resize_pool(512), 512U);
     const Ticket write = submit(*backend, to_pool, {{0, 0, 128}});
     submit(*backend, to_device, {{128, 256, 128}});
     submit(*backend, to_device, {{256, 0, 128}}, {after(write)});

@@ -26,7 +26,7 @@ struct MemoryOptions {
   std::uint64_t seed = 1;
   double failure_probability = 0;              // of a ticket
   std::uint64_t fail_ticket = 0;               // the one with this number, counted from 1; 0: none
-  std::uint32_t growable_frames = 0xffffffff;  // grow_pool refuses beyond this
+  std::uint32_t growable_frames = 0xffffffff;  // resize_pool refuses beyond this
 };
 
 class MemoryBackend final : public Backend {
@@ -34,12 +34,14 @@ class MemoryBackend final : public Backend {
   explicit MemoryBackend(const MemoryOptions& options)
       : options_(options),
         random_(options.seed),
+        usable_(options.device_frames),
         device_(options.device_frames * options.frame_bytes, poison),
         pool_(options.pool_frames * options.frame_bytes, poison) {}
 
   [[nodiscard]] Capabilities capabilities() const override {
     Capabilities result;
     result.device_frames = options_.device_frames;
+    result.device_frames_max = options_.device_frames;
     result.pool_frames = options_.pool_frames;
     result.frame_stride = options_.frame_bytes;
     result.copy_bytes_best = options_.copy_frames_best * options_.frame_bytes;
@@ -49,8 +51,13 @@ class MemoryBackend final : public Backend {
 
   [[nodiscard]] Nanos now() const override { return now_; }
 
-  std::uint32_t grow_pool(std::uint32_t frames) override {
-    grown_ = std::max(grown_, std::min(frames, options_.growable_frames));
+  std::uint32_t resize_device(std::uint32_t frames) override {
+    usable_ = std::min(frames, options_.device_frames);
+    return usable_;
+  }
+
+  std::uint32_t resize_pool(std::uint32_t frames) override {
+    grown_ = std::min(frames, std::min(options_.growable_frames, options_.pool_frames));
     return grown_;
   }
 
@@ -124,7 +131,7 @@ class MemoryBackend final : public Backend {
   // No frame is the target of one copy while another reads or writes it.
   void check_frames(const Pending& fresh) const {
     for (const Copy& copy : fresh.copies) {
-      require(copy.device_first + copy.count <= options_.device_frames, "submit: device range.");
+      require(copy.device_first + copy.count <= usable_, "submit: device range.");
       require(copy.pool_first + copy.count <= grown_, "submit: a pool frame that was not grown.");
       for (const Pending& other : pending_) {
         for (const Copy& theirs : other.copies) {
@@ -167,6 +174,7 @@ class MemoryBackend final : public Backend {
 
   MemoryOptions options_;
   std::mt19937_64 random_;
+  std::uint32_t usable_;  // device frames
   std::vector<std::byte> device_;
   std::vector<std::byte> pool_;
   std::vector<Pending> pending_;

@@ -283,7 +283,7 @@ TEST(HostWithoutPool, HasNoFileNoRingNoThread) {
   EXPECT_EQ(thread_count(), threads);
   EXPECT_EQ(backend->capabilities().pool_frames, 0U);
   EXPECT_EQ(backend->capabilities().pool_io, "none");
-  EXPECT_EQ(backend->grow_pool(5), 0U);
+  EXPECT_EQ(backend->resize_pool(5), 0U);
   EXPECT_FALSE(backend->pool_refusal().empty());
   EXPECT_THROW(submit(*backend, to_pool, {{0, 0, 1}}), LogicError);
   backend->wait(forever);
@@ -295,7 +295,7 @@ TEST(HostMemory, ArenaTakesNoPageBeforeItIsUsed) {
   auto options = options_for(1, 4096);
   options.device_bytes = 256 * mib;
   const auto backend = open_host(options);
-  ASSERT_EQ(backend->grow_pool(4096), 4096U);
+  ASSERT_EQ(backend->resize_pool(4096), 4096U);
   const auto resident_pages = [&] {
     const auto page = static_cast<Bytes>(::sysconf(_SC_PAGESIZE));
     std::vector<unsigned char> pages(options.device_bytes / page);
@@ -324,7 +324,7 @@ TEST(HostMemory, ArenaIsUnmappedWithTheBackend) {
 
 TEST(HostMemory, FramesNeverWrittenAreZero) {
   const auto backend = open_host(options_for(2, 2));
-  ASSERT_EQ(backend->grow_pool(2), 2U);
+  ASSERT_EQ(backend->resize_pool(2), 2U);
   fill(*backend, 1, 3);
   ASSERT_TRUE(is_ok(finish(*backend, to_device, {{1, 1, 1}})));
   EXPECT_TRUE(std::all_of(backend->address(1), backend->address(1) + frame_bytes,
@@ -380,7 +380,7 @@ TEST_P(HostPool, ThreadsAreStartedByTheFirstCopyIfAtAll) {
   std::thread([] {}).join();  // a sanitizer starts a thread of its own with the first one
   const auto before = thread_count();
   const auto backend = open(1, 1);
-  ASSERT_EQ(backend->grow_pool(1), 1U);
+  ASSERT_EQ(backend->resize_pool(1), 1U);
   EXPECT_EQ(thread_count(), before);
   ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, 1}})));
   EXPECT_EQ(thread_count(), before + (GetParam() == "direct-uring" ? 0 : 4));
@@ -390,10 +390,10 @@ TEST_P(HostPool, SpaceIsTakenInChunksBeforeUse) {
   const std::uint32_t frames = 20000;  // 234 MiB
   const auto backend = open(1, frames);
   EXPECT_EQ(file_status().st_blocks, 0);
-  ASSERT_EQ(backend->grow_pool(1), 1U);
+  ASSERT_EQ(backend->resize_pool(1), 1U);
   EXPECT_EQ(static_cast<Bytes>(file_status().st_size), 64 * mib);
   EXPECT_GE(static_cast<Bytes>(file_status().st_blocks) * 512, 64 * mib);
-  ASSERT_EQ(backend->grow_pool(frames), frames);
+  ASSERT_EQ(backend->resize_pool(frames), frames);
   EXPECT_EQ(static_cast<Bytes>(file_status().st_size), frames * frame_bytes);
   EXPECT_GE(static_cast<Bytes>(file_status().st_blocks) * 512, frames * frame_bytes);
 }
@@ -401,22 +401,22 @@ TEST_P(HostPool, SpaceIsTakenInChunksBeforeUse) {
 TEST_P(HostPool, FullDiskRefusesGrowthAndKeepsWhatThereIs) {
   const auto backend = open(1, 20000);
   fill(*backend, 0, 1);
-  ASSERT_EQ(backend->grow_pool(10), 10U);
+  ASSERT_EQ(backend->resize_pool(10), 10U);
   ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 9, 1}})));
   {
     const FileSizeLimit full(100 * mib);
     const std::uint32_t fits = 8000;  // 94 MiB: more than the chunk there is, less than two
-    EXPECT_EQ(backend->grow_pool(fits), fits)
+    EXPECT_EQ(backend->resize_pool(fits), fits)
         << "where a chunk is too much, what was asked will do";
     EXPECT_EQ(backend->pool_refusal(), "");
-    EXPECT_EQ(backend->grow_pool(20000), fits);
+    EXPECT_EQ(backend->resize_pool(20000), fits);
     EXPECT_NE(backend->pool_refusal().find(dir_.path()), std::string::npos);
     EXPECT_NE(backend->pool_refusal().find("File too large"), std::string::npos);
   }
   EXPECT_EQ(static_cast<Bytes>(file_status().st_size), 8000 * frame_bytes);
   ASSERT_TRUE(is_ok(finish(*backend, to_device, {{0, 9, 1}})));
   EXPECT_TRUE(holds(*backend, 0, 1));
-  EXPECT_EQ(backend->grow_pool(20000), 20000U) << "and asks again";
+  EXPECT_EQ(backend->resize_pool(20000), 20000U) << "and asks again";
   EXPECT_EQ(backend->pool_refusal(), "");
 }
 
@@ -427,8 +427,8 @@ TEST_P(HostPool, DiskThatIsReallyFullIsLeftAsItWas) {
   if (!disk.mounted()) GTEST_SKIP() << "only root, with loop devices, can mount a small disk";
   const Bytes free_before = free_disk_bytes(disk.path());
   const auto backend = open_host(options_for(2, 20000, GetParam(), disk.path()));
-  EXPECT_EQ(backend->grow_pool(10), 10U);
-  EXPECT_EQ(backend->grow_pool(20000), 64 * mib / frame_bytes);
+  EXPECT_EQ(backend->resize_pool(10), 10U);
+  EXPECT_EQ(backend->resize_pool(20000), 64 * mib / frame_bytes);
   EXPECT_NE(backend->pool_refusal().find("No space left"), std::string::npos);
   EXPECT_GE(free_disk_bytes(disk.path()), free_before - 65 * mib) << "all but the first chunk";
   fill(*backend, 0, 5);
@@ -442,7 +442,7 @@ TEST_P(HostPool, ReadsFailFromTheBrokenFrameOn) {
   constexpr std::uint32_t frames = 12;
   for (std::uint32_t broken = 0; broken < frames; ++broken) {
     const auto backend = open(frames, frames);
-    ASSERT_EQ(backend->grow_pool(frames), frames);
+    ASSERT_EQ(backend->resize_pool(frames), frames);
     for (std::uint32_t i = 0; i < frames; ++i) fill(*backend, i, i);
     ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, frames}})));
     for (std::uint32_t i = 0; i < frames; ++i) fill(*backend, i, 99);
@@ -463,7 +463,7 @@ TEST_P(HostPool, ReadsFailFromTheBrokenFrameOn) {
 TEST_P(HostPool, RunAcrossTheEndOfTheFileFailsAsAWhole) {
   constexpr std::uint32_t frames = 400;  // 4.7 MiB, several segments
   const auto backend = open(frames, frames);
-  ASSERT_EQ(backend->grow_pool(frames), frames);
+  ASSERT_EQ(backend->resize_pool(frames), frames);
   for (std::uint32_t i = 0; i < frames; ++i) fill(*backend, i, i);
   ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, frames}})));
   for (std::uint32_t i = 0; i < frames; ++i) fill(*backend, i, 999);
@@ -480,7 +480,7 @@ TEST_P(HostPool, WritesFailFromTheLimitOnAndSoDoTheirDependents) {
   constexpr std::uint32_t frames = 12;
   for (std::uint32_t broken = 0; broken < frames; ++broken) {
     const auto backend = open(2 * frames, frames);
-    ASSERT_EQ(backend->grow_pool(frames), frames);
+    ASSERT_EQ(backend->resize_pool(frames), frames);
     for (std::uint32_t i = 0; i < frames; ++i) fill(*backend, i, i);
     const FileSizeLimit full(broken * frame_bytes + 4096);
     for (std::uint32_t i = 0; i < frames; ++i) {
@@ -500,7 +500,7 @@ TEST_P(HostPool, WritesFailFromTheLimitOnAndSoDoTheirDependents) {
 // polled.
 TEST_P(HostPool, FailureIsInheritedAlongAChain) {
   const auto backend = open(8, 8);
-  ASSERT_EQ(backend->grow_pool(8), 8U);
+  ASSERT_EQ(backend->resize_pool(8), 8U);
   ASSERT_EQ(::ftruncate(file(), 0), 0);
   Ticket last = submit(*backend, to_device, {{0, 0, 1}});
   for (std::uint32_t i = 1; i < 4; ++i) {
@@ -520,7 +520,7 @@ TEST_P(HostPool, FailureIsInheritedAlongAChain) {
 // Twelve segments, two at a time: the two calls made here cannot have seen the last of them end.
 TEST_P(HostPool, DependOnATicketInFlightIsRefused) {
   const auto backend = open(1000, 1000);
-  ASSERT_EQ(backend->grow_pool(1000), 1000U);
+  ASSERT_EQ(backend->resize_pool(1000), 1000U);
   const Ticket write = submit(*backend, to_pool, {{0, 0, 1000}});
   EXPECT_THROW(backend->depend({}, write), LogicError);
   ASSERT_EQ(collect(*backend, 1).size(), 1U);
@@ -530,7 +530,7 @@ TEST_P(HostPool, DependOnATicketInFlightIsRefused) {
 // The held ticket comes first in its lane and starts last: once the long write has ended.
 TEST_P(HostPool, HeldTicketDoesNotHoldUpThoseBehindIt) {
   const auto backend = open(1002, 1002);
-  ASSERT_EQ(backend->grow_pool(1002), 1002U);
+  ASSERT_EQ(backend->resize_pool(1002), 1002U);
   const Ticket write = submit(*backend, to_pool, {{0, 0, 1000}});
   const Ticket held = submit(*backend, to_device, {{1000, 0, 1}}, {after(write)});
   const Ticket free = submit(*backend, to_device, {{1001, 1001, 1}});
@@ -552,7 +552,7 @@ INSTANTIATE_TEST_SUITE_P(Io, HostPool,
 TEST(HostRing, LossFailsEverythingAndIsReported) {
   const auto backend = open_host(options_for(256, 256));
   if (backend->capabilities().pool_io != "direct-uring") GTEST_SKIP() << "no io_uring here";
-  ASSERT_EQ(backend->grow_pool(256), 256U);
+  ASSERT_EQ(backend->resize_pool(256), 256U);
   const auto rings = descriptors("io_uring");
   ASSERT_EQ(rings.size(), 1U);
   submit(*backend, to_pool, {{0, 0, 1}});

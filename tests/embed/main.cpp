@@ -31,7 +31,7 @@ bool round_trip() {
   options.device_bytes = 8 << 20;
   options.pool_bytes = 8 << 20;
   const std::unique_ptr<pie::Backend> backend = pie::open_host(options);
-  if (backend->grow_pool(1) < 1) {
+  if (backend->resize_pool(1) < 1) {
     std::fprintf(stderr, "no pool: %s\n", backend->pool_refusal().c_str());
     return false;
   }

@@ -65,12 +65,13 @@ struct Work {
 };
 
 struct Capabilities {
-  std::uint32_t device_frames = 0;  // capacity of the arena
-  std::uint32_t pool_frames = 0;    // the most the pool may ever hold; 0: there is no pool
-  Bytes frame_stride = 0;           // distance of adjacent frames in either tier, >= payload
-  Bytes copy_bytes_best = 0;        // copies of this size reach the link's rate
-  bool streams = false;             // compute runs on a stream; false: on the calling thread
-  std::string pool_io;              // how the pool is reached, for stats(): "direct-uring", ...
+  std::uint32_t device_frames = 0;      // usable when the backend was opened
+  std::uint32_t device_frames_max = 0;  // the most that resize_device can ever give
+  std::uint32_t pool_frames = 0;  // what the pool was opened for; 0: there is none, nor will be
+  Bytes frame_stride = 0;         // distance of adjacent frames in either tier, >= payload
+  Bytes copy_bytes_best = 0;      // copies of this size reach the link's rate
+  bool streams = false;           // compute runs on a stream; false: on the calling thread
+  std::string pool_io;            // how the pool is reached, for stats(): "direct-uring", ...
 };
 
 // ok, or lost with the first error: then every sequence fails, pool copies stay valid.
@@ -89,9 +90,12 @@ class Backend {
   [[nodiscard]] virtual Capabilities capabilities() const = 0;
   [[nodiscard]] virtual Nanos now() const = 0;
 
-  // Makes pool frames [0, frames) usable and returns how many are usable now, which may be fewer: a
-  // growth that cannot be had is refused, what runs goes on. `pool_refusal` says why.
-  virtual std::uint32_t grow_pool(std::uint32_t frames) = 0;
+  // Makes frames [0, frames) of a tier usable, and gives what lies behind the others back to the
+  // system; no copy may touch those. Returns how many are usable now, which may be fewer: a growth
+  // that cannot be had is refused, what runs goes on. `pool_refusal` says why the pool's was. All
+  // device frames are usable from the start, no pool frame is.
+  virtual std::uint32_t resize_device(std::uint32_t frames) = 0;
+  virtual std::uint32_t resize_pool(std::uint32_t frames) = 0;
   [[nodiscard]] virtual std::string pool_refusal() const = 0;
 
   // Starts copies that are disjoint and unordered among themselves, once every `after` has passed.

@@ -112,7 +112,11 @@ class HostBackend final : public Backend {
   [[nodiscard]] Capabilities capabilities() const override { return capabilities_; }
   [[nodiscard]] Nanos now() const override { return clock_ns(); }
 
-  std::uint32_t grow_pool(std::uint32_t frames) override {
+  std::uint32_t resize_device(std::uint32_t /*frames*/) override {
+    return capabilities_.device_frames;
+  }
+
+  std::uint32_t resize_pool(std::uint32_t frames) override {
     const std::uint32_t asked = std::min(frames, capabilities_.pool_frames);
     if (asked <= pool_frames_) return pool_frames_;
     const Bytes stride = capabilities_.frame_stride;
@@ -196,7 +200,7 @@ void HostBackend::require_in_range(const Copy& copy) const {
               copy.count <= capabilities_.device_frames - copy.device_first,
           "submit: a copy reaches beyond the device frames there are");
   require(copy.pool_first < pool_frames_ && copy.count <= pool_frames_ - copy.pool_first,
-          "submit: a copy reaches beyond the pool frames that grow_pool has made usable");
+          "submit: a copy reaches beyond the pool frames that resize_pool has made usable");
 }
 
 Ticket HostBackend::submit(Lane lane, std::span<const Copy> copies, std::span<const Dep> after) {
@@ -368,6 +372,7 @@ std::unique_ptr<Backend> open_host(const HostOptions& options) {
   capabilities.frame_stride = round_up(options.frame_bytes, alignment);
   capabilities.device_frames =
       frames_in(options.device_bytes, capabilities.frame_stride, "device_bytes");
+  capabilities.device_frames_max = capabilities.device_frames;
   if (pool.file != nullptr) {
     capabilities.pool_frames =
         frames_in(options.pool_bytes, capabilities.frame_stride, "pool_bytes");
