@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "attend_gather.hpp"
 #include "pie/backends.hpp"
 #include "pie/error.hpp"
 #include "pie/scheduler.hpp"
@@ -26,16 +27,6 @@ constexpr Bytes scratch_bytes = Bytes{64} << 10;
 
 // Counts of tokens are 32 bits wide; no sum of them in one step comes near that.
 constexpr std::uint64_t tokens_max = 1ULL << 31;
-
-Rows rows_from(const Rows& rows, std::uint32_t row, DType dtype) {
-  const auto bytes = static_cast<std::int64_t>(dtype_bytes(dtype)) * rows.row_stride * row;
-  return {static_cast<const std::byte*>(rows.data) + bytes, rows.row_stride, rows.head_stride};
-}
-
-MutableRows rows_from(const MutableRows& rows, std::uint32_t row, DType dtype) {
-  const auto bytes = static_cast<std::int64_t>(dtype_bytes(dtype)) * rows.row_stride * row;
-  return {static_cast<std::byte*>(rows.data) + bytes, rows.row_stride, rows.head_stride};
-}
 
 void check_geometry(const Geometry& geometry) {
   const auto positive = [](std::uint32_t value, const char* name) {
@@ -114,147 +105,55 @@ std::unique_ptr<Backend> open_backend(const CacheOptions& options, const Geometr
   return open_host(host);
 }
 
-// Appends K and V and folds attention over the pieces into the state of each visit's rows.
-class AttendReader final : public LayerReader {
+// Gives a kernel of the facade the pieces that the scheduler finds ready.
+class PieceReader final : public LayerReader {
  public:
-  AttendReader(const Backend& backend, const AttentionShape& shape, const LayerInputs& inputs,
-               const Rows& q, const MutableRows& out, float* lse, float* state,
-               const std::vector<std::uint32_t>& wave_first_row)
-      : backend_(backend),
-        shape_(shape),
-        inputs_(inputs),
-        q_(q),
-        out_(out),
-        lse_(lse),
-        state_(state),
-        state_floats_(attention_state_floats(shape)),
-        wave_first_row_(wave_first_row) {}
+  PieceReader(const Backend& backend, std::uint32_t block_tokens, LayerKernel& kernel)
+      : backend_(backend), block_tokens_(block_tokens), kernel_(kernel) {}
 
   void store(std::byte* frame, std::uint32_t token, std::uint32_t rows,
              std::uint32_t row) override {
-    frame_append(shape_, frame, token, rows, rows_from(inputs_.k, row, shape_.dtype),
-                 rows_from(inputs_.v, row, shape_.dtype));
+    kernel_.store(frame, token, rows, row);
   }
 
   void read(std::uint32_t layer, std::span<const Piece> pieces) override {
-    collect(layer, pieces);
-    attention_fold(shape_, work_);
-    for (const Piece& piece : pieces) {
-      const Visit& visit = *piece.visit;
-      if (piece.end_block * shape_.block_tokens < visit.kv_end()) continue;
-      attention_finish(shape_, state_of(visit), visit.rows,
-                       rows_from(out_, visit.first_row, shape_.dtype),
-                       lse_ == nullptr ? nullptr : lse_ + lse_offset(visit));
-    }
-  }
-
- private:
-  float* state_of(const Visit& visit) const {
-    return state_ + (visit.first_row - wave_first_row_[visit.wave]) * state_floats_;
-  }
-
-  std::size_t lse_offset(const Visit& visit) const {
-    return std::size_t{visit.first_row} * shape_.query_heads;
-  }
-
-  void collect(std::uint32_t layer, std::span<const Piece> pieces) {
     std::size_t frames = 0;
     for (const Piece& piece : pieces) frames += piece.end_block - piece.first_block;
     frames_.resize(frames);
-    work_.clear();
+    given_.clear();
     const std::byte** next = frames_.data();
     for (const Piece& piece : pieces) {
-      const Visit& visit = *piece.visit;
-      if (piece.first_block == 0) attention_reset(shape_, state_of(visit), visit.rows);
-      AttentionWork work;
-      work.q = rows_from(q_, visit.first_row, shape_.dtype);
-      work.rows = visit.rows;
-      work.position = visit.position;
-      work.kv_begin = piece.first_block * shape_.block_tokens;
-      work.kv_end = std::min(piece.end_block * shape_.block_tokens, visit.kv_end());
-      work.frames = next;
-      work.state = state_of(visit);
-      work_.push_back(work);
-      const std::vector<Block>& blocks = visit.sequence->layers[layer].blocks;
+      given_.push_back(describe(piece, next));
+      const std::vector<Block>& blocks = piece.visit->sequence->layers[layer].blocks;
       for (std::uint32_t b = piece.first_block; b < piece.end_block; ++b) {
         *next++ = backend_.address(blocks[b].device);
       }
     }
-  }
-
-  const Backend& backend_;
-  AttentionShape shape_;
-  LayerInputs inputs_;
-  Rows q_;
-  MutableRows out_;
-  float* lse_;
-  float* state_;
-  std::size_t state_floats_;
-  const std::vector<std::uint32_t>& wave_first_row_;
-  std::vector<const std::byte*> frames_;
-  std::vector<AttentionWork> work_;
-};
-
-// Appends K and V and copies the pieces to their places in contiguous K and V.
-class GatherReader final : public LayerReader {
- public:
-  GatherReader(const Backend& backend, const AttentionShape& shape, const LayerInputs& inputs,
-               const Gathered& gathered, const std::vector<Visit>& visits)
-      : backend_(backend), shape_(shape), inputs_(inputs), gathered_(gathered), visits_(visits) {
-    for (std::size_t i = 0; i < visits_.size(); ++i) zero_padding(i);
-  }
-
-  void store(std::byte* frame, std::uint32_t token, std::uint32_t rows,
-             std::uint32_t row) override {
-    frame_append(shape_, frame, token, rows, rows_from(inputs_.k, row, shape_.dtype),
-                 rows_from(inputs_.v, row, shape_.dtype));
-  }
-
-  void read(std::uint32_t layer, std::span<const Piece> pieces) override {
-    for (const Piece& piece : pieces) {
-      const std::vector<Block>& blocks = piece.visit->sequence->layers[layer].blocks;
-      for (std::uint32_t b = piece.first_block; b < piece.end_block; ++b) {
-        copy_block(*piece.visit, b, backend_.address(blocks[b].device));
-      }
-    }
+    kernel_.attend(layer, given_);
   }
 
  private:
-  [[nodiscard]] Bytes row_bytes() const { return shape_.head_dim * dtype_bytes(shape_.dtype); }
-
-  // Start of the row of `token` of one head of one sequence of the batch.
-  std::byte* place(void* base, std::size_t index, std::uint32_t head, std::uint32_t token) const {
-    const std::size_t row = (index * shape_.kv_heads + head) * gathered_.longest + token;
-    return static_cast<std::byte*>(base) + row * row_bytes();
-  }
-
-  void zero_padding(std::size_t index) const {
-    const std::uint32_t end = visits_[index].kv_end();
-    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
-      const Bytes bytes = (gathered_.longest - end) * row_bytes();
-      std::memset(place(gathered_.k, index, head, end), 0, bytes);
-      std::memset(place(gathered_.v, index, head, end), 0, bytes);
-    }
-  }
-
-  void copy_block(const Visit& visit, std::uint32_t block, const std::byte* frame) const {
-    const auto index = static_cast<std::size_t>(&visit - visits_.data());
-    const std::uint32_t token = block * shape_.block_tokens;
-    const Bytes bytes = std::min(shape_.block_tokens, visit.kv_end() - token) * row_bytes();
-    const Bytes head_bytes = shape_.block_tokens * row_bytes();
-    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
-      const std::byte* k = frame + head * head_bytes;
-      const std::byte* v = k + shape_.kv_heads * head_bytes;
-      std::memcpy(place(gathered_.k, index, head, token), k, bytes);
-      std::memcpy(place(gathered_.v, index, head, token), v, bytes);
-    }
+  [[nodiscard]] KvPiece describe(const Piece& piece, const std::byte* const* frames) const {
+    const Visit& visit = *piece.visit;
+    KvPiece given;
+    given.sequence = visit.sequence->id;
+    given.entry = visit.entry;
+    given.first_row = visit.first_row;
+    given.rows = visit.rows;
+    given.position = visit.position;
+    given.kv_begin = piece.first_block * block_tokens_;
+    given.kv_end = std::min(piece.end_block * block_tokens_, visit.kv_end());
+    given.frames = frames;
+    given.first = piece.first_block == 0;
+    given.last = given.kv_end == visit.kv_end();
+    return given;
   }
 
   const Backend& backend_;
-  AttentionShape shape_;
-  LayerInputs inputs_;
-  Gathered gathered_;
-  const std::vector<Visit>& visits_;
+  std::uint32_t block_tokens_;
+  LayerKernel& kernel_;
+  std::vector<const std::byte*> frames_;
+  std::vector<KvPiece> given_;
 };
 
 }  // namespace
@@ -320,6 +219,7 @@ class TieredCache::Impl {
   void attend(std::uint32_t layer, const LayerInputs& inputs, const Rows& q, const MutableRows& out,
               std::uint32_t query_heads, float scale, float* lse);
   Gathered gather(std::uint32_t layer, const LayerInputs& inputs);
+  void run(std::uint32_t layer, LayerKernel& kernel);
   void finish();
   void abort() noexcept;
   [[nodiscard]] Stats stats() const;
@@ -338,7 +238,7 @@ class TieredCache::Impl {
 
  private:
   void take_turn(std::uint32_t layer, Reader reader, const char* call);
-  void run(std::uint32_t layer, LayerReader& reader);
+  void run_layer(std::uint32_t layer, LayerKernel& kernel);
   [[nodiscard]] std::uint32_t staging_frames() const;
   [[nodiscard]] std::vector<Visit> plan_visits(std::uint32_t rows_per_wave);
   [[nodiscard]] std::byte* staging() const {
@@ -353,7 +253,6 @@ class TieredCache::Impl {
   std::vector<Growth> batch_;
   std::uint32_t next_layer_ = 0;
   std::uint32_t query_heads_;  // of the last attend: staging is sized for it
-  std::vector<std::uint32_t> wave_first_row_;
   std::uint32_t rows_per_wave_ = 0;
   std::vector<float> scratch_;  // of attention state, where the arena is too small for it
 
@@ -400,7 +299,7 @@ void TieredCache::Impl::start() {
   try {
     begin_with(staging);
   } catch (const CapacityError&) {
-    if (staging == 0 || reader_ == Reader::gather) throw;
+    if (staging == 0 || reader_ != Reader::attend) throw;
     begin_with(0);  // the state in scratch instead, in more waves
   }
   in_step_ = true;
@@ -478,6 +377,7 @@ std::uint32_t TieredCache::Impl::staging_frames() const {
     const Bytes bytes = 2 * row * geometry_.kv_heads * longest() * batch_.size();
     return static_cast<std::uint32_t>(std::min<Bytes>(frames(bytes), capabilities_.device_frames));
   }
+  if (reader_ == Reader::kernel) return 0;
   const Bytes row = state_row_bytes();
   const Bytes most = capabilities_.device_frames / staging_share;
   if (most * stride < std::max(scratch_bytes, row)) return 0;
@@ -488,15 +388,14 @@ std::uint32_t TieredCache::Impl::staging_frames() const {
 // Cuts the step's packed rows into waves of at most `rows_per_wave` rows.
 std::vector<Visit> TieredCache::Impl::plan_visits(std::uint32_t rows_per_wave) {
   std::vector<Visit> visits;
-  wave_first_row_.assign(1, 0);
   std::uint32_t row = 0;
-  for (const Growth& growth : batch_) {
+  for (std::uint32_t entry = 0; entry < batch_.size(); ++entry) {
+    const Growth& growth = batch_[entry];
     for (std::uint32_t done = 0; done < growth.new_tokens;) {
-      if (row - wave_first_row_.back() == rows_per_wave) wave_first_row_.push_back(row);
-      const std::uint32_t room = rows_per_wave - (row - wave_first_row_.back());
+      const std::uint32_t room = rows_per_wave - row % rows_per_wave;
       const std::uint32_t rows = std::min(growth.new_tokens - done, room);
-      visits.push_back({growth.sequence, row, rows, growth.sequence->tokens + done,
-                        static_cast<std::uint32_t>(wave_first_row_.size() - 1)});
+      visits.push_back(
+          {growth.sequence, entry, row, rows, growth.sequence->tokens + done, row / rows_per_wave});
       row += rows;
       done += rows;
     }
@@ -505,7 +404,9 @@ std::vector<Visit> TieredCache::Impl::plan_visits(std::uint32_t rows_per_wave) {
 }
 
 void TieredCache::Impl::take_turn(std::uint32_t layer, Reader reader, const char* call) {
-  require(in_step_, "attend and gather: no step is running; open one with step().");
+  if (!in_step_) {
+    throw LogicError(std::string(call) + ": no step is running; begin one first.");
+  }
   if (reader != reader_) {
     throw LogicError(std::string(call) + ": the step was opened for the other reader.");
   }
@@ -517,7 +418,8 @@ void TieredCache::Impl::take_turn(std::uint32_t layer, Reader reader, const char
   }
 }
 
-void TieredCache::Impl::run(std::uint32_t layer, LayerReader& reader) {
+void TieredCache::Impl::run_layer(std::uint32_t layer, LayerKernel& kernel) {
+  PieceReader reader(*backend_, geometry_.block_tokens, kernel);
   try {
     scheduler_.run_layer(layer, reader);
   } catch (...) {
@@ -541,9 +443,8 @@ void TieredCache::Impl::attend(std::uint32_t layer, const LayerInputs& inputs, c
     require(layer == 0, "attend: the number of query heads changed between layers of one step.");
     restart(query_heads);
   }
-  AttendReader reader(*backend_, shape(query_heads, scale), inputs, q, out, lse, state(),
-                      wave_first_row_);
-  run(layer, reader);
+  AttendKernel kernel(shape(query_heads, scale), inputs, q, out, lse, state(), rows_per_wave_);
+  run_layer(layer, kernel);
 }
 
 Gathered TieredCache::Impl::gather(std::uint32_t layer, const LayerInputs& inputs) {
@@ -554,10 +455,14 @@ Gathered TieredCache::Impl::gather(std::uint32_t layer, const LayerInputs& input
   gathered.longest = longest();
   gathered.k = staging();
   gathered.v = staging() + row * geometry_.kv_heads * gathered.longest * gathered.batch;
-  GatherReader reader(*backend_, shape(geometry_.kv_heads, 1), inputs, gathered,
-                      scheduler_.visits());
-  run(layer, reader);
+  GatherKernel kernel(shape(geometry_.kv_heads, 1), inputs, gathered);
+  run_layer(layer, kernel);
   return gathered;
+}
+
+void TieredCache::Impl::run(std::uint32_t layer, LayerKernel& kernel) {
+  take_turn(layer, Reader::kernel, "run");
+  run_layer(layer, kernel);
 }
 
 void TieredCache::Impl::finish() {
@@ -709,6 +614,19 @@ Gathered TieredCache::gather(std::uint32_t layer, const LayerInputs& inputs) {
   Impl& impl = open(impl_);
   const Impl::Entry entry(impl);
   return impl.gather(layer, inputs);
+}
+
+void TieredCache::run(std::uint32_t layer, LayerKernel& kernel) {
+  Impl& impl = open(impl_);
+  const Impl::Entry entry(impl);
+  impl.run(layer, kernel);
+}
+
+void TieredCache::set_stream(ComputeStream stream) {
+  Impl& impl = open(impl_);
+  const Impl::Entry entry(impl);
+  impl.refuse_in_step("set_stream");
+  impl.scheduler_.set_stream(stream);
 }
 
 void TieredCache::finish() {

@@ -333,7 +333,7 @@ void Scheduler::fetch(std::size_t visit, std::uint32_t index, LayerReader& reade
 void Scheduler::flush(LayerReader& reader) {
   if (pieces_.empty()) return;
   reader.read(layer_, pieces_);
-  const Fence fence = backend_.record({});
+  const Fence fence = backend_.record(stream_);
   for (const Piece& piece : pieces_) release(piece, fence);
   pieces_.clear();
   land();

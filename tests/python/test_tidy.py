@@ -22,7 +22,8 @@ LAYERS = [
     {"frame_pool"},
     {"block_map"},
     {"policy", "transfers"},
-    {"scheduler"},
+    {"scheduler", "layer_kernel"},
+    {"attend_gather"},
     {"cache"},
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}

@@ -13,11 +13,10 @@
 
 #include "pie/attention.hpp"
 #include "pie/backend.hpp"
+#include "pie/layer_kernel.hpp"
 #include "pie/types.hpp"
 
 namespace pie {
-
-using SequenceId = std::uint64_t;
 
 struct CacheOptions {
   Geometry geometry;             // block_tokens 0: chosen from device_bytes
@@ -34,24 +33,9 @@ struct StepEntry {
   std::uint32_t new_tokens = 0;
 };
 
-// What a layer of a step is read by: attention in place, or a contiguous copy of K and V.
-enum class Reader : std::uint8_t { attend, gather };
-
-// Inputs of one layer: rows of all sequences packed in batch order, `[sum of new_tokens, heads,
-// d]`.
-struct LayerInputs {
-  Rows k;
-  Rows v;
-};
-
-// Contiguous K and V of the batch, each `[batch, kv_heads, longest, head_dim]`; shorter sequences
-// are padded with zeros on the right. Valid until the next `gather`, `begin` or `truncate`.
-struct Gathered {
-  void* k = nullptr;
-  void* v = nullptr;
-  std::uint32_t batch = 0;
-  std::uint32_t longest = 0;  // tokens, the step's new ones included
-};
+// What the layers of a step are read by: the library's attention in place, a contiguous copy of K
+// and V, or a kernel of the caller's.
+enum class Reader : std::uint8_t { attend, gather, kernel };
 
 // Counters since construction, and gauges. "decode" counts steps in which every sequence gained one
 // token; their time runs from one begin to the next where two follow each other, else to finish.
@@ -114,6 +98,13 @@ class TieredCache {
 
   // Appends the layer's K and V and returns all of them contiguously.
   Gathered gather(std::uint32_t layer, const LayerInputs& inputs);
+
+  // Has `kernel` append the layer's K and V and read all of each sequence.
+  void run(std::uint32_t layer, LayerKernel& kernel);
+
+  // The stream that the caller's compute runs on, where the backend has any: transfers wait for
+  // what was given to it. Between steps.
+  void set_stream(ComputeStream stream);
 
   void finish();
   void abort() noexcept;

@@ -24,6 +24,7 @@ namespace pie {
 // may be read by one call; a later wave of a layer starts when the wave before it is done.
 struct Visit {
   Sequence* sequence = nullptr;
+  std::uint32_t entry = 0;      // of the batch
   std::uint32_t first_row = 0;  // in the step's packed rows
   std::uint32_t rows = 0;
   std::uint32_t position = 0;  // of the first row, in tokens; row i appends token position + i
@@ -78,9 +79,11 @@ class Scheduler {
   // nothing lost, where it cannot fit.
   void begin(std::span<const Growth> batch, std::uint32_t staging_frames, bool several_waves);
 
+  // What the readers' compute runs on.
+  void set_stream(ComputeStream stream) { stream_ = stream; }
+
   // The rows of the step, in order; set before the first layer.
   void set_visits(std::vector<Visit> visits);
-  [[nodiscard]] const std::vector<Visit>& visits() const { return visits_; }
 
   // Appends the layer's tokens and has `reader` read every block. Throws IoError for a failed
   // transfer of a sequence of the batch; the step must then be aborted.
@@ -157,6 +160,7 @@ class Scheduler {
   Backend& backend_;
   Geometry geometry_;
   Capabilities capabilities_;
+  ComputeStream stream_;
   std::unique_ptr<Policy> policy_;
   BlockMap map_;
   Transfers transfers_;

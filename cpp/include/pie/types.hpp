@@ -17,6 +17,8 @@ using Nanos = std::int64_t;
 // it.
 enum class Tier : std::uint8_t { device, pool };
 
+using SequenceId = std::uint64_t;
+
 // Index of a frame inside its tier, counted from 0; `no_frame` where there is none.
 using FrameIndex = std::uint32_t;
 inline constexpr FrameIndex no_frame = 0xffffffff;
