@@ -70,9 +70,8 @@ double median(std::vector<double> values) {
 // Marks every frame with its layer and block, and checks the mark when the frame is read.
 class Marker final : public pie::LayerReader {
  public:
-  Marker(const pie::Backend& backend, std::uint32_t layer, std::uint32_t first_token,
-         std::uint32_t block_tokens)
-      : backend_(backend), layer_(layer), first_token_(first_token), block_tokens_(block_tokens) {}
+  Marker(std::uint32_t layer, std::uint32_t first_token, std::uint32_t block_tokens)
+      : layer_(layer), first_token_(first_token), block_tokens_(block_tokens) {}
 
   void store(std::byte* frame, std::uint32_t token, std::uint32_t, std::uint32_t row) override {
     if (token != 0) return;
@@ -82,10 +81,10 @@ class Marker final : public pie::LayerReader {
 
   void read(std::uint32_t layer, std::span<const pie::Piece> pieces) override {
     for (const pie::Piece& piece : pieces) {
-      const auto& blocks = piece.visit->sequence->layers[layer].blocks;
+      const auto& frames = piece.visit->sequence->path.front()->layers[layer].frames;
       for (std::uint32_t b = piece.first_block; b < piece.end_block; ++b) {
         std::uint64_t mark = 0;
-        std::memcpy(&mark, backend_.address(blocks[b].device), sizeof mark);
+        std::memcpy(&mark, frames[b], sizeof mark);
         if (mark != mark_of(b)) throw std::runtime_error("a frame came back wrong");
       }
     }
@@ -96,7 +95,6 @@ class Marker final : public pie::LayerReader {
     return (std::uint64_t{layer_} << 32) + block;
   }
 
-  const pie::Backend& backend_;
   std::uint32_t layer_;
   std::uint32_t first_token_;
   std::uint32_t block_tokens_;
@@ -106,12 +104,12 @@ class Marker final : public pie::LayerReader {
 Nanos step(pie::Backend& backend, pie::Scheduler& scheduler, pie::Sequence& sequence,
            std::uint32_t tokens, std::uint32_t block_tokens) {
   const Nanos began = backend.now();
-  const pie::Growth growth{&sequence, tokens};
-  scheduler.begin({&growth, 1}, 0, false);
+  const pie::Growth growth{&sequence, tokens, nullptr, nullptr};
+  scheduler.begin({&growth, 1}, {});
   const std::uint32_t position = sequence.tokens;
-  scheduler.set_visits({{&sequence, 0, tokens, position, 0}});
+  scheduler.set_visits({{&sequence, 0, 0, tokens, position, 0}});
   for (std::uint32_t layer = 0; layer < layers; ++layer) {
-    Marker marker(backend, layer, position, block_tokens);
+    Marker marker(layer, position, block_tokens);
     scheduler.run_layer(layer, marker);
   }
   scheduler.finish();

@@ -2,56 +2,195 @@
 #include "pie/block_map.hpp"
 
 #include <algorithm>
+#include <utility>
 
 #include "pie/error.hpp"
 
 namespace pie {
 
-BlockMap::BlockMap(std::uint32_t layers, std::uint32_t device_frames, std::uint32_t pool_frames)
-    : layers_(layers),
+BlockMap::BlockMap(const Geometry& geometry, std::uint32_t device_frames, std::uint32_t pool_frames,
+                   const std::byte* arena, Bytes stride)
+    : geometry_(geometry),
+      arena_(arena),
+      stride_(stride),
       device_(device_frames, device_frames),
       pool_(pool_frames, 0),
       owners_(device_frames) {}
 
+void BlockMap::resize_device(std::uint32_t frames) {
+  device_.resize(frames, frames);
+  owners_.resize(frames);
+}
+
+// ---- sequences and branches ---------------------------------------------------------------------
+
 Sequence& BlockMap::add() {
-  const std::uint64_t id = next_id_++;
+  const SequenceId id = next_id_++;
   Sequence& sequence = sequences_[id];
   sequence.id = id;
-  sequence.layers.resize(layers_);
   return sequence;
 }
 
+Sequence& BlockMap::fork(const Sequence& sequence) {
+  Sequence& twin = add();
+  twin.tokens = sequence.tokens;
+  for (Branch* branch : sequence.path) join(twin, *branch);
+  return twin;
+}
+
 void BlockMap::remove(Sequence& sequence) {
-  for (LayerBlocks& layer : sequence.layers) {
-    require(layer.blocks.empty(), "BlockMap::remove: the sequence still has blocks.");
-    release_extent(layer);
-  }
+  require(sequence.path.empty(), "BlockMap::remove: the sequence still has branches.");
   sequences_.erase(sequence.id);
 }
 
-Sequence* BlockMap::find(std::uint64_t id) {
+Sequence* BlockMap::find(SequenceId id) {
   const auto it = sequences_.find(id);
   return it == sequences_.end() ? nullptr : &it->second;
 }
 
-const Sequence* BlockMap::find(std::uint64_t id) const {
+const Sequence* BlockMap::find(SequenceId id) const {
   const auto it = sequences_.find(id);
   return it == sequences_.end() ? nullptr : &it->second;
 }
 
-void BlockMap::set_state(Block& block, BlockState state) {
-  if (block.state != BlockState::empty) --counts_[static_cast<std::size_t>(block.state)];
-  if (state != BlockState::empty) ++counts_[static_cast<std::size_t>(state)];
+Branch& BlockMap::grow(std::uint32_t first) {
+  const std::uint64_t id = next_branch_++;
+  Branch& branch = branches_[id];
+  branch.id = id;
+  branch.first = first;
+  branch.layers.resize(geometry_.layers);
+  return branch;
+}
+
+void BlockMap::remove(Branch& branch) {
+  require(branch.users == 0, "BlockMap::remove: a sequence uses the branch.");
+  for (LayerBlocks& layer : branch.layers) {
+    require(layer.blocks.empty(), "BlockMap::remove: the branch still has blocks.");
+    release_extent(layer);
+  }
+  branches_.erase(branch.id);
+}
+
+void BlockMap::leave(Sequence& sequence) {
+  --sequence.path.back()->users;
+  sequence.path.pop_back();
+}
+
+void BlockMap::join(Sequence& sequence, Branch& branch) {
+  sequence.path.push_back(&branch);
+  ++branch.users;
+}
+
+namespace {
+
+// The counts of a layer's leading blocks, which split and merge with them.
+constexpr std::array leading_counts = {&LayerBlocks::gone, &LayerBlocks::streamed,
+                                       &LayerBlocks::written};
+
+template <typename T>
+std::vector<T> take_front(std::vector<T>& from, std::uint32_t count) {
+  std::vector<T> front(from.begin(), from.begin() + count);
+  from.erase(from.begin(), from.begin() + count);
+  return front;
+}
+
+}  // namespace
+
+// The blocks of one layer have come to lie in `branch`, or at other indices of it.
+void BlockMap::rename(Branch& branch, std::uint32_t layer) {
+  LayerBlocks& blocks = branch.layers[layer];
+  blocks.present = 0;
+  blocks.pooled = 0;
+  for (std::uint32_t b = 0; b < blocks.blocks.size(); ++b) {
+    const Block& block = blocks.blocks[b];
+    if (block.device != no_frame) owners_[block.device] = {&branch, layer, b};
+    if (block.present()) ++blocks.present;
+    if (block.state == BlockState::pooled) ++blocks.pooled;
+  }
+}
+
+Branch& BlockMap::split(Branch& branch, std::uint32_t at) {
+  require(branch.in_flight == 0, "BlockMap::split: a transfer of the branch is in flight.");
+  Branch& front = grow(branch.first);
+  for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
+    LayerBlocks& from = branch.layers[layer];
+    LayerBlocks& to = front.layers[layer];
+    to.blocks = take_front(from.blocks, at);
+    to.frames = take_front(from.frames, at);
+    for (std::uint32_t LayerBlocks::* count : leading_counts) {
+      to.*count = std::min(from.*count, at);
+      from.*count -= to.*count;
+    }
+    rename(front, layer);
+    rename(branch, layer);
+  }
+  front.full = std::min(branch.full, at);
+  front.users = branch.users;
+  front.active = branch.active;
+  branch.full -= front.full;
+  branch.first += at;
+  for (auto& [id, sequence] : sequences_) {
+    const auto place = std::ranges::find(sequence.path, &branch);
+    if (place != sequence.path.end()) sequence.path.insert(place, &front);
+  }
+  return front;
+}
+
+void BlockMap::merge(Branch& front, Branch& back) {
+  require(front.in_flight == 0 && back.in_flight == 0 && front.users == back.users &&
+              front.full == front.blocks() && front.end() == back.first,
+          "BlockMap::merge: the branches are not one.");
+  const std::uint32_t at = front.blocks();
+  for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
+    LayerBlocks& from = back.layers[layer];
+    LayerBlocks& to = front.layers[layer];
+    to.blocks.insert(to.blocks.end(), from.blocks.begin(), from.blocks.end());
+    to.frames.insert(to.frames.end(), from.frames.begin(), from.frames.end());
+    // A count goes on in the second part only where it reached the end of the first.
+    for (std::uint32_t LayerBlocks::* count : leading_counts) {
+      if (to.*count == at) to.*count += from.*count;
+    }
+    release_extent(to);
+    to.extent = std::exchange(from.extent, {});
+    from = {};
+    rename(front, layer);
+  }
+  front.full += back.full;
+  front.active = front.active || back.active;
+  for (auto& [id, sequence] : sequences_) std::erase(sequence.path, &back);
+  back.users = 0;
+  remove(back);
+}
+
+// ---- transitions --------------------------------------------------------------------------------
+
+void BlockMap::set_state(const BlockKey& key, BlockState state) {
+  LayerBlocks& layer = key.branch->layers[key.layer];
+  Block& block = at(key);
+  const auto count = [&](std::uint32_t by) {
+    if (block.state != BlockState::empty) counts_[static_cast<std::size_t>(block.state)] += by;
+    if (block.present()) layer.present += by;
+    if (block.state == BlockState::pooled) layer.pooled += by;
+  };
+  count(std::uint32_t{0} - 1);
   block.state = state;
+  count(1);
 }
 
-void BlockMap::leave_device(Block& block) {
+void BlockMap::enter_device(const BlockKey& key, FrameIndex device) {
+  at(key).device = device;
+  owners_[device] = key;
+  key.branch->layers[key.layer].frames[key.block] = arena_ + device * stride_;
+}
+
+void BlockMap::leave_device(const BlockKey& key) {
+  Block& block = at(key);
   if (block.device == no_frame) return;
   owners_[block.device] = {};
+  key.branch->layers[key.layer].frames[key.block] = nullptr;
   device_.release(block.device);
   block.device = no_frame;
-  if (block.ring) --ring_;
-  block.ring = false;
+  keep(key);
 }
 
 void BlockMap::leave_pool(Block& block) {
@@ -60,62 +199,65 @@ void BlockMap::leave_pool(Block& block) {
   block.pool = no_frame;
 }
 
+void BlockMap::lengthen(LayerBlocks& layer) {
+  layer.blocks.emplace_back();
+  layer.frames.push_back(nullptr);
+}
+
+void BlockMap::shorten(Branch& branch, std::uint32_t layer) {
+  LayerBlocks& blocks = branch.layers[layer];
+  drop({&branch, layer, static_cast<std::uint32_t>(blocks.blocks.size()) - 1});
+  blocks.blocks.pop_back();
+  blocks.frames.pop_back();
+}
+
 void BlockMap::place(const BlockKey& key, FrameIndex device) {
-  Block& block = at(key);
-  require(block.state == BlockState::empty, "BlockMap::place: the block has a frame already.");
-  block.device = device;
-  owners_[device] = key;
-  set_state(block, BlockState::dirty);
+  require(at(key).state == BlockState::empty, "BlockMap::place: the block has a frame already.");
+  enter_device(key, device);
+  set_state(key, BlockState::dirty);
 }
 
 void BlockMap::begin_write(const BlockKey& key, FrameIndex pool) {
-  Block& block = at(key);
-  require(block.state == BlockState::dirty, "BlockMap::begin_write: the block is not dirty.");
-  block.pool = pool;
-  set_state(block, BlockState::writing);
+  require(at(key).state == BlockState::dirty, "BlockMap::begin_write: the block is not dirty.");
+  at(key).pool = pool;
+  set_state(key, BlockState::writing);
 }
 
 void BlockMap::commit_write(const BlockKey& key) {
-  Block& block = at(key);
-  require(block.state == BlockState::writing, "BlockMap::commit_write: no write is in flight.");
-  set_state(block, BlockState::clean);
+  require(at(key).state == BlockState::writing, "BlockMap::commit_write: no write is in flight.");
+  set_state(key, BlockState::clean);
 }
 
 void BlockMap::fail_write(const BlockKey& key) {
-  Block& block = at(key);
-  require(block.state == BlockState::writing, "BlockMap::fail_write: no write is in flight.");
-  leave_pool(block);
-  set_state(block, BlockState::dirty);
+  require(at(key).state == BlockState::writing, "BlockMap::fail_write: no write is in flight.");
+  leave_pool(at(key));
+  set_state(key, BlockState::dirty);
 }
 
 void BlockMap::evict(const BlockKey& key) {
-  Block& block = at(key);
-  require(block.state == BlockState::clean, "BlockMap::evict: the block has no committed copy.");
-  leave_device(block);
-  set_state(block, BlockState::pooled);
+  require(at(key).state == BlockState::clean, "BlockMap::evict: the block has no committed copy.");
+  leave_device(key);
+  set_state(key, BlockState::pooled);
 }
 
 void BlockMap::begin_load(const BlockKey& key, FrameIndex device, bool ring) {
   Block& block = at(key);
   require(block.state == BlockState::pooled, "BlockMap::begin_load: the block is not in the pool.");
-  block.device = device;
+  enter_device(key, device);
   block.ring = ring;
   if (ring) ++ring_;
-  owners_[device] = key;
-  set_state(block, BlockState::loading);
+  set_state(key, BlockState::loading);
 }
 
 void BlockMap::commit_load(const BlockKey& key) {
-  Block& block = at(key);
-  require(block.state == BlockState::loading, "BlockMap::commit_load: no load is in flight.");
-  set_state(block, BlockState::clean);
+  require(at(key).state == BlockState::loading, "BlockMap::commit_load: no load is in flight.");
+  set_state(key, BlockState::clean);
 }
 
 void BlockMap::fail_load(const BlockKey& key) {
-  Block& block = at(key);
-  require(block.state == BlockState::loading, "BlockMap::fail_load: no load is in flight.");
-  leave_device(block);
-  set_state(block, BlockState::pooled);
+  require(at(key).state == BlockState::loading, "BlockMap::fail_load: no load is in flight.");
+  leave_device(key);
+  set_state(key, BlockState::pooled);
 }
 
 void BlockMap::soil(const BlockKey& key) {
@@ -124,7 +266,7 @@ void BlockMap::soil(const BlockKey& key) {
   require(block.state == BlockState::clean, "BlockMap::soil: the block is not on the device.");
   leave_pool(block);
   keep(key);
-  set_state(block, BlockState::dirty);
+  set_state(key, BlockState::dirty);
 }
 
 void BlockMap::keep(const BlockKey& key) {
@@ -134,21 +276,21 @@ void BlockMap::keep(const BlockKey& key) {
 }
 
 void BlockMap::relocate(const BlockKey& key, FrameIndex device) {
-  Block& block = at(key);
+  const Block& block = at(key);
   require(block.present() && !block.in_flight(), "BlockMap::relocate: the block cannot move now.");
   owners_[block.device] = {};
   device_.release(block.device);
-  block.device = device;
-  owners_[device] = key;
+  enter_device(key, device);
 }
 
 void BlockMap::drop(const BlockKey& key) {
-  Block& block = at(key);
-  require(!block.in_flight(), "BlockMap::drop: a transfer of the block is in flight.");
-  leave_device(block);
-  leave_pool(block);
-  set_state(block, BlockState::empty);
+  require(!at(key).in_flight(), "BlockMap::drop: a transfer of the block is in flight.");
+  leave_device(key);
+  leave_pool(at(key));
+  set_state(key, BlockState::empty);
 }
+
+// ---- pool frames --------------------------------------------------------------------------------
 
 FrameIndex BlockMap::take_pool_frame(LayerBlocks& layer, std::uint32_t needed,
                                      std::uint32_t extent_frames_max) {
@@ -175,23 +317,30 @@ void BlockMap::release_extent(LayerBlocks& layer) {
 
 std::uint32_t BlockMap::release_extents() {
   const std::uint32_t freed = set_aside_;
-  for (auto& [id, sequence] : sequences_) {
-    for (LayerBlocks& layer : sequence.layers) release_extent(layer);
+  if (freed == 0) return 0;
+  for (auto& [id, branch] : branches_) {
+    for (LayerBlocks& layer : branch.layers) release_extent(layer);
   }
   return freed;
 }
 
-void BlockMap::check_block(const BlockKey& key, const Block& block,
-                           std::vector<bool>& pool_seen) const {
+// ---- invariants ---------------------------------------------------------------------------------
+
+void BlockMap::check_block(const BlockKey& key, std::vector<bool>& pool_seen) const {
+  const Block& block = at(key);
+  const LayerBlocks& layer = key.branch->layers[key.layer];
   const bool on_device = block.present() || block.state == BlockState::loading;
   const bool in_pool = block.state != BlockState::dirty && block.state != BlockState::empty;
-  require(block.state != BlockState::empty, "check: a block inside a sequence is empty.");
+  require((key.block < layer.gone) == (block.state == BlockState::empty),
+          "check: a block that is seen is empty, or one that is not holds something.");
   require(on_device == (block.device != no_frame),
           "check: a block's device frame and state differ.");
   require(in_pool == (block.pool != no_frame), "check: a block's pool frame and state differ.");
+  require(layer.frames[key.block] == (on_device ? arena_ + block.device * stride_ : nullptr),
+          "check: a block's frame in the table is another.");
   if (on_device) {
     const BlockKey owner = owners_[block.device];
-    require(owner.sequence == key.sequence && owner.layer == key.layer && owner.block == key.block,
+    require(owner.branch == key.branch && owner.layer == key.layer && owner.block == key.block,
             "check: a device frame has two owners.");
     require(!device_.is_free(block.device), "check: a device frame in use is marked free.");
   }
@@ -204,21 +353,53 @@ void BlockMap::check_block(const BlockKey& key, const Block& block,
           "check: a ring frame holds a block that was not loaded.");
 }
 
-void BlockMap::check() const {
-  device_.check();
-  pool_.check();
+void BlockMap::check_paths() const {
+  std::map<const Branch*, std::uint32_t> users;
+  for (const auto& [id, sequence] : sequences_) {
+    std::uint32_t end = 0;
+    for (const Branch* branch : sequence.path) {
+      require(branch->first == end, "check: a path has a gap.");
+      end = branch->end();
+      ++users[branch];
+      const bool tail = branch == sequence.path.back();
+      require(tail || branch->full == branch->blocks(), "check: a block inside a path is partial.");
+    }
+    const std::uint32_t size = geometry_.block_tokens;
+    require(sequence.gain > 0 || end == (sequence.tokens + size - 1) / size,
+            "check: a path and its sequence's length differ.");
+  }
+  for (const auto& [id, branch] : branches_) {
+    const auto found = users.find(&branch);
+    require(branch.users == (found == users.end() ? 0 : found->second),
+            "check: the count of a branch's users is wrong.");
+  }
+}
+
+void BlockMap::check_layer(Branch& branch, std::uint32_t layer,
+                           std::vector<bool>& pool_seen) const {
+  const LayerBlocks& blocks = branch.layers[layer];
+  std::uint32_t present = 0;
+  std::uint32_t pooled = 0;
+  for (std::uint32_t index = 0; index < blocks.blocks.size(); ++index) {
+    check_block({&branch, layer, index}, pool_seen);
+    present += blocks.blocks[index].present() ? 1 : 0;
+    pooled += blocks.blocks[index].state == BlockState::pooled ? 1 : 0;
+  }
+  require(present == blocks.present && pooled == blocks.pooled,
+          "check: a layer's counts of blocks are wrong.");
+}
+
+void BlockMap::check_frames() const {
   std::array<std::uint32_t, block_states> counts{};
   std::uint32_t ring = 0;
   std::uint32_t set_aside = 0;
   std::vector<bool> pool_seen(pool_.capacity());
-  for (const auto& [id, sequence] : sequences_) {
-    for (std::uint32_t layer = 0; layer < layers_; ++layer) {
-      const LayerBlocks& blocks = sequence.layers[layer];
-      set_aside += blocks.extent.count;
-      for (std::uint32_t index = 0; index < blocks.blocks.size(); ++index) {
-        const Block& block = blocks.blocks[index];
-        check_block({const_cast<Sequence*>(&sequence), layer, index}, block, pool_seen);
-        ++counts[static_cast<std::size_t>(block.state)];
+  for (const auto& [id, branch] : branches_) {
+    for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
+      check_layer(const_cast<Branch&>(branch), layer, pool_seen);
+      set_aside += branch.layers[layer].extent.count;
+      for (const Block& block : branch.layers[layer].blocks) {
+        if (block.state != BlockState::empty) ++counts[static_cast<std::size_t>(block.state)];
         ring += block.ring ? 1 : 0;
       }
     }
@@ -226,12 +407,19 @@ void BlockMap::check() const {
   require(counts == counts_, "check: the counts of blocks by state are wrong.");
   require(ring == ring_, "check: the count of ring frames is wrong.");
   require(set_aside == set_aside_, "check: the count of pool frames set aside is wrong.");
+}
+
+void BlockMap::check() const {
+  device_.check();
+  pool_.check();
+  check_paths();
+  check_frames();
   const std::uint32_t on_device = count(BlockState::dirty) + count(BlockState::writing) +
                                   count(BlockState::clean) + count(BlockState::loading);
   require(on_device == device_.used(), "check: device frames in use and blocks there differ.");
   const std::uint32_t in_pool = count(BlockState::writing) + count(BlockState::clean) +
                                 count(BlockState::pooled) + count(BlockState::loading);
-  require(in_pool + set_aside == pool_.used(),
+  require(in_pool + set_aside_ == pool_.used(),
           "check: pool frames in use and blocks there differ.");
 }
 

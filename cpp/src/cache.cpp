@@ -5,10 +5,11 @@
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <map>
 #include <utility>
 #include <vector>
 
-#include "attend_gather.hpp"
+#include "built_in_kernels.hpp"
 #include "pie/backends.hpp"
 #include "pie/error.hpp"
 #include "pie/scheduler.hpp"
@@ -105,11 +106,20 @@ std::unique_ptr<Backend> open_backend(const CacheOptions& options, const Geometr
   return open_host(host);
 }
 
+void refuse_twice(std::span<const StepEntry> batch) {
+  std::vector<SequenceId> ids;
+  for (const StepEntry& entry : batch) ids.push_back(entry.sequence);
+  std::sort(ids.begin(), ids.end());
+  const auto twice = std::adjacent_find(ids.begin(), ids.end());
+  if (twice == ids.end()) return;
+  throw LogicError("step: sequence " + std::to_string(*twice) + " is in the batch twice.");
+}
+
 // Gives a kernel of the facade the pieces that the scheduler finds ready.
 class PieceReader final : public LayerReader {
  public:
-  PieceReader(const Backend& backend, std::uint32_t block_tokens, LayerKernel& kernel)
-      : backend_(backend), block_tokens_(block_tokens), kernel_(kernel) {}
+  PieceReader(std::uint32_t block_tokens, LayerKernel& kernel)
+      : block_tokens_(block_tokens), kernel_(kernel) {}
 
   void store(std::byte* frame, std::uint32_t token, std::uint32_t rows,
              std::uint32_t row) override {
@@ -119,20 +129,35 @@ class PieceReader final : public LayerReader {
   void read(std::uint32_t layer, std::span<const Piece> pieces) override {
     std::size_t frames = 0;
     for (const Piece& piece : pieces) frames += piece.end_block - piece.first_block;
-    frames_.resize(frames);
+    joined_.resize(frames);
     given_.clear();
-    const std::byte** next = frames_.data();
-    for (const Piece& piece : pieces) {
-      given_.push_back(describe(piece, next));
-      const std::vector<Block>& blocks = piece.visit->sequence->layers[layer].blocks;
-      for (std::uint32_t b = piece.first_block; b < piece.end_block; ++b) {
-        *next++ = backend_.address(blocks[b].device);
-      }
-    }
+    const std::byte** room = joined_.data();
+    for (const Piece& piece : pieces)
+      given_.push_back(describe(piece, frames_of(piece, layer, room)));
     kernel_.attend(layer, given_);
   }
 
  private:
+  // The frames of a piece, where they are listed already, or joined in `room` where the piece
+  // reaches over several branches.
+  static const std::byte* const* frames_of(const Piece& piece, std::uint32_t layer,
+                                           const std::byte**& room) {
+    const std::vector<Branch*>& path = piece.visit->sequence->path;
+    auto at = path.end() - 1;
+    while ((*at)->first > piece.first_block) --at;
+    if ((*at)->end() >= piece.end_block) {
+      return (*at)->layers[layer].frames.data() + (piece.first_block - (*at)->first);
+    }
+    const std::byte* const* joined = room;
+    for (std::uint32_t b = piece.first_block; b < piece.end_block; b = (*at++)->end()) {
+      const auto& frames = (*at)->layers[layer].frames;
+      const std::uint32_t end = std::min(piece.end_block, (*at)->end());
+      room =
+          std::copy(frames.data() + (b - (*at)->first), frames.data() + (end - (*at)->first), room);
+    }
+    return joined;
+  }
+
   [[nodiscard]] KvPiece describe(const Piece& piece, const std::byte* const* frames) const {
     const Visit& visit = *piece.visit;
     KvPiece given;
@@ -144,15 +169,14 @@ class PieceReader final : public LayerReader {
     given.kv_begin = piece.first_block * block_tokens_;
     given.kv_end = std::min(piece.end_block * block_tokens_, visit.kv_end());
     given.frames = frames;
-    given.first = piece.first_block == 0;
+    given.first = piece.first;
     given.last = given.kv_end == visit.kv_end();
     return given;
   }
 
-  const Backend& backend_;
   std::uint32_t block_tokens_;
   LayerKernel& kernel_;
-  std::vector<const std::byte*> frames_;
+  std::vector<const std::byte*> joined_;
   std::vector<KvPiece> given_;
 };
 
@@ -161,12 +185,11 @@ class PieceReader final : public LayerReader {
 class TieredCache::Impl {
  public:
   Impl(const Geometry& geometry, std::unique_ptr<Policy> policy, std::unique_ptr<Backend> backend)
-      : geometry_(geometry),
+      : geometry_((check_geometry(geometry), geometry)),
         backend_(std::move(backend)),
         capabilities_(backend_->capabilities()),
         scheduler_(*backend_, geometry, std::move(policy)),
         query_heads_(geometry.kv_heads) {
-    check_geometry(geometry);
     if (capabilities_.device_frames < least_frames(geometry)) {
       throw ConfigError("The backend has " + std::to_string(capabilities_.device_frames) +
                         " device frames; one step of one sequence takes " +
@@ -217,17 +240,26 @@ class TieredCache::Impl {
   [[nodiscard]] Bytes state_row_bytes() const;
   [[nodiscard]] float* state();
   void attend(std::uint32_t layer, const LayerInputs& inputs, const Rows& q, const MutableRows& out,
-              std::uint32_t query_heads, float scale, float* lse);
+              std::uint32_t query_heads, const AttendOptions& options, float* lse);
   Gathered gather(std::uint32_t layer, const LayerInputs& inputs);
   void run(std::uint32_t layer, LayerKernel& kernel);
+  std::span<const std::int32_t> pages(std::uint32_t layer, const LayerInputs& inputs);
   void finish();
   void abort() noexcept;
+  void resize(Bytes device_bytes, Bytes pool_bytes);
   [[nodiscard]] Stats stats() const;
+  [[nodiscard]] Bytes kv_bytes() const;
+  [[nodiscard]] std::uint32_t device_frames() const { return scheduler_.map().device().capacity(); }
 
-  [[nodiscard]] AttentionShape shape(std::uint32_t query_heads, float scale) const {
-    return {query_heads,        geometry_.kv_heads,
-            geometry_.head_dim, geometry_.block_tokens,
-            geometry_.dtype,    scale};
+  [[nodiscard]] AttentionShape shape(std::uint32_t query_heads) const {
+    AttentionShape shape;
+    shape.query_heads = query_heads;
+    shape.kv_heads = geometry_.kv_heads;
+    shape.head_dim = geometry_.head_dim;
+    shape.block_tokens = geometry_.block_tokens;
+    shape.dtype = geometry_.dtype;
+    shape.scale = 1;
+    return shape;
   }
 
   Geometry geometry_;
@@ -254,7 +286,8 @@ class TieredCache::Impl {
   std::uint32_t next_layer_ = 0;
   std::uint32_t query_heads_;  // of the last attend: staging is sized for it
   std::uint32_t rows_per_wave_ = 0;
-  std::vector<float> scratch_;  // of attention state, where the arena is too small for it
+  std::vector<std::int32_t> table_;  // what `pages` returned
+  std::vector<float> scratch_;       // of attention state, where the arena is too small for it
 
   bool decode_ = false;  // the step gives every sequence one token
   bool after_decode_ = false;
@@ -273,11 +306,6 @@ void TieredCache::Impl::begin(std::span<const StepEntry> batch, Reader reader) {
   std::uint64_t tokens = 0;
   for (const StepEntry& entry : batch) {
     Sequence& member = sequence(entry.sequence, "step");
-    const auto same = [&](const Growth& growth) { return growth.sequence == &member; };
-    if (std::any_of(growths.begin(), growths.end(), same)) {
-      throw LogicError("step: sequence " + std::to_string(entry.sequence) +
-                       " is in the batch twice.");
-    }
     if (entry.new_tokens == 0) {
       throw LogicError("step: sequence " + std::to_string(entry.sequence) +
                        " gains no token; leave it out of the batch.");
@@ -285,6 +313,7 @@ void TieredCache::Impl::begin(std::span<const StepEntry> batch, Reader reader) {
     growths.push_back({&member, entry.new_tokens});
     tokens += std::uint64_t{member.tokens} + entry.new_tokens;
   }
+  refuse_twice(batch);
   if (tokens > tokens_max) {
     throw LogicError("step: the batch would hold " + std::to_string(tokens) +
                      " tokens; one step serves at most " + std::to_string(tokens_max) + ".");
@@ -322,7 +351,7 @@ void TieredCache::Impl::begin_with(std::uint32_t staging) {
     rows_per_wave_ = static_cast<std::uint32_t>(std::clamp<Bytes>(room / row, 1, total_rows()));
   }
   try {
-    scheduler_.begin(batch_, staging, rows_per_wave_ < total_rows());
+    scheduler_.begin(batch_, {staging, rows_per_wave_ < total_rows(), reader_ == Reader::pages});
   } catch (...) {
     scheduler_.abort();
     throw;
@@ -350,7 +379,7 @@ float* TieredCache::Impl::state() {
 }
 
 Bytes TieredCache::Impl::state_row_bytes() const {
-  return attention_state_floats(shape(query_heads_, 1)) * sizeof(float);
+  return attention_state_floats(shape(query_heads_)) * sizeof(float);
 }
 
 std::uint32_t TieredCache::Impl::longest() const {
@@ -375,11 +404,11 @@ std::uint32_t TieredCache::Impl::staging_frames() const {
   if (reader_ == Reader::gather) {
     const Bytes row = Bytes{geometry_.head_dim} * dtype_bytes(geometry_.dtype);
     const Bytes bytes = 2 * row * geometry_.kv_heads * longest() * batch_.size();
-    return static_cast<std::uint32_t>(std::min<Bytes>(frames(bytes), capabilities_.device_frames));
+    return static_cast<std::uint32_t>(std::min<Bytes>(frames(bytes), device_frames()));
   }
-  if (reader_ == Reader::kernel) return 0;
+  if (reader_ != Reader::attend) return 0;
   const Bytes row = state_row_bytes();
-  const Bytes most = capabilities_.device_frames / staging_share;
+  const Bytes most = device_frames() / staging_share;
   if (most * stride < std::max(scratch_bytes, row)) return 0;
   return static_cast<std::uint32_t>(
       std::min(frames(row * std::min(total_rows(), wave_rows_max)), most));
@@ -419,7 +448,7 @@ void TieredCache::Impl::take_turn(std::uint32_t layer, Reader reader, const char
 }
 
 void TieredCache::Impl::run_layer(std::uint32_t layer, LayerKernel& kernel) {
-  PieceReader reader(*backend_, geometry_.block_tokens, kernel);
+  PieceReader reader(geometry_.block_tokens, kernel);
   try {
     scheduler_.run_layer(layer, reader);
   } catch (...) {
@@ -431,8 +460,8 @@ void TieredCache::Impl::run_layer(std::uint32_t layer, LayerKernel& kernel) {
 }
 
 void TieredCache::Impl::attend(std::uint32_t layer, const LayerInputs& inputs, const Rows& q,
-                               const MutableRows& out, std::uint32_t query_heads, float scale,
-                               float* lse) {
+                               const MutableRows& out, std::uint32_t query_heads,
+                               const AttendOptions& options, float* lse) {
   take_turn(layer, Reader::attend, "attend");
   if (query_heads == 0 || query_heads % geometry_.kv_heads != 0) {
     throw LogicError("attend: " + std::to_string(query_heads) +
@@ -443,7 +472,12 @@ void TieredCache::Impl::attend(std::uint32_t layer, const LayerInputs& inputs, c
     require(layer == 0, "attend: the number of query heads changed between layers of one step.");
     restart(query_heads);
   }
-  AttendKernel kernel(shape(query_heads, scale), inputs, q, out, lse, state(), rows_per_wave_);
+  AttentionShape whole = shape(query_heads);
+  whole.scale = options.scale;
+  whole.window = geometry_.window(layer);
+  whole.soft_cap = options.soft_cap;
+  whole.sinks = options.sinks;
+  AttendKernel kernel(whole, inputs, q, out, lse, state(), rows_per_wave_);
   run_layer(layer, kernel);
 }
 
@@ -455,9 +489,21 @@ Gathered TieredCache::Impl::gather(std::uint32_t layer, const LayerInputs& input
   gathered.longest = longest();
   gathered.k = staging();
   gathered.v = staging() + row * geometry_.kv_heads * gathered.longest * gathered.batch;
-  GatherKernel kernel(shape(geometry_.kv_heads, 1), inputs, gathered);
+  GatherKernel kernel(shape(geometry_.kv_heads), inputs, gathered);
   run_layer(layer, kernel);
   return gathered;
+}
+
+std::span<const std::int32_t> TieredCache::Impl::pages(std::uint32_t layer,
+                                                       const LayerInputs& inputs) {
+  take_turn(layer, Reader::pages, "pages");
+  const std::uint32_t size = geometry_.block_tokens;
+  const std::size_t columns = (longest() + size - 1) / size;
+  table_.assign(batch_.size() * columns, -1);
+  PagesKernel kernel(shape(geometry_.kv_heads), inputs,
+                     {backend_->address(0), capabilities_.frame_stride, table_.data(), columns});
+  run_layer(layer, kernel);
+  return table_;
 }
 
 void TieredCache::Impl::run(std::uint32_t layer, LayerKernel& kernel) {
@@ -514,13 +560,11 @@ Stats TieredCache::Impl::stats() const {
   const BlockMap& map = scheduler_.map();
   const Bytes stride = capabilities_.frame_stride;
   Stats stats = counters_;
-  stats.device_bytes = capabilities_.device_frames * stride;
+  stats.device_bytes = device_frames() * stride;
   stats.device_bytes_used = (Bytes{map.device().used()} + map.device().reserved()) * stride;
-  stats.pool_bytes = capabilities_.pool_frames * stride;
+  stats.pool_bytes = map.pool().capacity() * stride;
   stats.pool_bytes_used = map.pool().used() * stride;
-  const Bytes token_bytes = geometry_.frame_bytes() / geometry_.block_tokens * geometry_.layers;
-  for (const auto& [id, sequence] : map.sequences())
-    stats.kv_bytes += sequence.tokens * token_bytes;
+  stats.kv_bytes = kv_bytes();
   stats.streamed_bytes = scheduler_.transfers().loaded_frames() * stride;
   stats.written_bytes = scheduler_.transfers().written_frames() * stride;
   stats.retries = scheduler_.transfers().retries();
@@ -538,6 +582,49 @@ Stats TieredCache::Impl::stats() const {
   stats.pool_io = capabilities_.pool_io;
   stats.attention_isa = pie::attention_isa();
   return stats;
+}
+
+// What several sequences share counts once, what windows gave back not at all.
+Bytes TieredCache::Impl::kv_bytes() const {
+  const BlockMap& map = scheduler_.map();
+  std::map<const Branch*, std::uint32_t> tails;  // tokens in a branch that ends in a partial block
+  for (const auto& [id, sequence] : map.sequences()) {
+    if (sequence.path.empty()) continue;
+    const Branch* last = sequence.path.back();
+    std::uint32_t& tokens = tails[last];
+    tokens = std::max(tokens, sequence.tokens - last->first * geometry_.block_tokens);
+  }
+  std::uint64_t tokens = 0;
+  for (const auto& [id, branch] : map.branches()) {
+    const auto tail = tails.find(&branch);
+    const bool whole = tail == tails.end() || branch.full == branch.blocks();
+    const std::uint32_t held = whole ? branch.blocks() * geometry_.block_tokens : tail->second;
+    for (const LayerBlocks& layer : branch.layers) {
+      tokens += held - std::min(held, layer.gone * geometry_.block_tokens);
+    }
+  }
+  return tokens * (geometry_.frame_bytes() / geometry_.block_tokens);
+}
+
+void TieredCache::Impl::resize(Bytes device_bytes, Bytes pool_bytes) {
+  refuse_in_step("resize");
+  const Bytes stride = capabilities_.frame_stride;
+  const Bytes least = least_frames(geometry_) * stride;
+  const Bytes most = Bytes{no_frame - 1} * stride;
+  if (device_bytes < least || device_bytes > most || pool_bytes > most) {
+    throw ConfigError(
+        "resize: device_bytes is " + std::to_string(device_bytes) + " and pool_bytes " +
+        std::to_string(pool_bytes) + "; the device needs at least " + std::to_string(least) +
+        " bytes, one step of one sequence, and neither may exceed " + std::to_string(most) + ".");
+  }
+  if (pool_bytes >= stride && capabilities_.pool_frames == 0) {
+    throw ConfigError(
+        "resize: this cache was made without a pool (pool_bytes=0) and cannot get one: make a new "
+        "cache with a pool.");
+  }
+  scheduler_.resize(static_cast<std::uint32_t>(device_bytes / stride),
+                    static_cast<std::uint32_t>(pool_bytes / stride));
+  note_peaks();
 }
 
 // ---- the facade ---------------------------------------------------------------------------------
@@ -572,6 +659,13 @@ SequenceId TieredCache::add() {
   return impl.scheduler_.map().add().id;
 }
 
+SequenceId TieredCache::fork(SequenceId id) {
+  Impl& impl = open(impl_);
+  const Impl::Entry entry(impl);
+  impl.refuse_in_step("fork");
+  return impl.scheduler_.fork(impl.sequence(id, "fork")).id;
+}
+
 void TieredCache::truncate(SequenceId id, std::uint32_t tokens) {
   Impl& impl = open(impl_);
   const Impl::Entry entry(impl);
@@ -603,11 +697,28 @@ void TieredCache::begin(std::span<const StepEntry> batch, Reader reader) {
 }
 
 void TieredCache::attend(std::uint32_t layer, const LayerInputs& inputs, const Rows& q,
-                         const MutableRows& out, std::uint32_t query_heads, float scale,
-                         float* lse) {
+                         const MutableRows& out, std::uint32_t query_heads,
+                         const AttendOptions& options, float* lse) {
   Impl& impl = open(impl_);
   const Impl::Entry entry(impl);
-  impl.attend(layer, inputs, q, out, query_heads, scale, lse);
+  impl.attend(layer, inputs, q, out, query_heads, options, lse);
+}
+
+std::span<const std::int32_t> TieredCache::pages(std::uint32_t layer, const LayerInputs& inputs) {
+  Impl& impl = open(impl_);
+  const Impl::Entry entry(impl);
+  return impl.pages(layer, inputs);
+}
+
+Arena TieredCache::arena() const {
+  const Impl& impl = open(impl_);
+  return {impl.backend_->address(0), impl.capabilities_.frame_stride, impl.device_frames()};
+}
+
+void TieredCache::resize(Bytes device_bytes, Bytes pool_bytes) {
+  Impl& impl = open(impl_);
+  const Impl::Entry entry(impl);
+  impl.resize(device_bytes, pool_bytes);
 }
 
 Gathered TieredCache::gather(std::uint32_t layer, const LayerInputs& inputs) {

@@ -123,6 +123,14 @@ void FramePool::set_limit(std::uint32_t limit) {
   lowest_word_ = 0;
 }
 
+void FramePool::resize(std::uint32_t capacity, std::uint32_t limit) {
+  set_limit(std::min(limit, capacity_));
+  require(limit_ <= capacity, "FramePool::resize: a frame to give up is in use.");
+  capacity_ = capacity;
+  bits_.resize((capacity + word_bits - 1) / word_bits);
+  set_limit(limit);
+}
+
 void FramePool::check() const {
   std::uint32_t counted = 0;
   for (const std::uint64_t word : bits_) counted += static_cast<std::uint32_t>(std::popcount(word));

@@ -21,48 +21,52 @@ struct Totals {
 
 Totals totals_of(const Snapshot& snapshot) {
   Totals totals;
-  for (const SequenceView& sequence : snapshot.sequences) {
-    const std::uint64_t full = std::uint64_t{sequence.full_blocks} * snapshot.layers;
-    (sequence.active ? totals.full_active : totals.full_idle) += full;
-    totals.pinned += std::uint64_t{sequence.pinned_blocks} * snapshot.layers;
+  for (const BranchView& branch : snapshot.branches) {
+    const std::uint64_t full = std::uint64_t{branch.full_blocks} * branch.layers;
+    (branch.active ? totals.full_active : totals.full_idle) += full;
+    totals.pinned += std::uint64_t{branch.pinned_blocks} * branch.layers;
   }
   return totals;
 }
 
-// Gives `frames` to the sequences of one kind in proportion to their full frames, exactly.
+// Gives `frames` to the branches of one kind in proportion to their full frames, exactly.
 void share_out(const Snapshot& snapshot, bool active, std::uint64_t total, std::uint64_t frames,
                std::vector<std::uint32_t>& streamed) {
   if (total == 0) return;
   std::uint64_t before = 0;
-  for (std::size_t i = 0; i < snapshot.sequences.size(); ++i) {
-    const SequenceView& sequence = snapshot.sequences[i];
-    if (sequence.active != active) continue;
-    const std::uint64_t after = before + std::uint64_t{sequence.full_blocks} * snapshot.layers;
+  for (std::size_t i = 0; i < snapshot.branches.size(); ++i) {
+    const BranchView& branch = snapshot.branches[i];
+    if (branch.active != active) continue;
+    const std::uint64_t after = before + std::uint64_t{branch.full_blocks} * branch.layers;
     streamed[i] = static_cast<std::uint32_t>(after * frames / total - before * frames / total);
     before = after;
   }
 }
 
 // The ring that streams `frames` evenly over the layers: one layer in use while the next arrives,
-// copies of the best size where that is more, and never above half of what is not pinned.
-std::uint64_t ring_for(const Snapshot& snapshot, std::uint64_t frames, std::uint64_t free) {
+// copies of the best size where that is more, and never above half of what is not pinned, but
+// `least` in any case.
+std::uint64_t ring_for(const Snapshot& snapshot, std::uint64_t frames, std::uint64_t free,
+                       std::uint64_t least) {
   const std::uint64_t two_layers = 2 * ((frames + snapshot.layers - 1) / snapshot.layers);
   const std::uint64_t two_copies =
       std::min<std::uint64_t>(2ULL * snapshot.copy_frames_best, free / 8);
-  return std::clamp<std::uint64_t>(std::max(two_layers, two_copies), 1,
-                                   std::max<std::uint64_t>(1, free / 2));
+  return std::max(least, std::clamp<std::uint64_t>(std::max(two_layers, two_copies), 1,
+                                                   std::max<std::uint64_t>(1, free / 2)));
 }
 
-// Streams at least `wanted` of the active frames, and more until the rest fits beside the ring.
-Plan plan_streaming(const Snapshot& snapshot, const Totals& totals, std::uint64_t wanted) {
+// Streams at least `wanted` of the active frames, and more until the rest fits beside a ring of
+// `ring_least` frames or more.
+Plan plan_ring(const Snapshot& snapshot, const Totals& totals, std::uint64_t wanted,
+               std::uint64_t ring_least) {
   Plan plan;
-  plan.streamed_frames.assign(snapshot.sequences.size(), 0);
+  plan.streamed_frames.assign(snapshot.branches.size(), 0);
   const std::uint64_t room =
       snapshot.device_frames > totals.pinned ? snapshot.device_frames - totals.pinned : 0;
   const std::uint64_t excess = totals.full() > room ? totals.full() - room : 0;
   if (excess == 0 && wanted == 0) return plan;
 
-  // Idle sequences are not read, so setting them aside costs neither ring nor link.
+  // Idle branches are not read, so setting them aside costs neither ring nor link.
   const std::uint64_t idle = std::min(totals.full_idle, excess);
   const std::uint64_t excess_active = excess - idle;
   std::uint64_t active = std::max(excess_active, wanted);
@@ -70,17 +74,17 @@ Plan plan_streaming(const Snapshot& snapshot, const Totals& totals, std::uint64_
   if (active > 0) {
     // The ring takes room from residents, which adds to what is streamed: X = excess + ring(X).
     // Two rounds settle it: ring(X) is at most 2 X / layers and is capped at half of the room.
-    ring = ring_for(snapshot, active, room);
+    ring = ring_for(snapshot, active, room, ring_least);
     for (int round = 0; round < 2; ++round) {
       active = std::min(totals.full_active, std::max(wanted, excess_active + ring));
-      ring = ring_for(snapshot, active, room);
+      ring = ring_for(snapshot, active, room, ring_least);
     }
     const std::uint64_t kept = totals.full() - idle - active;
     if (kept + ring > room) {
       const std::uint64_t over = kept + ring - room;
       const std::uint64_t more = std::min(over, totals.full_active - active);
       active += more;
-      ring = std::max<std::uint64_t>(1, ring - std::min(ring, over - more));
+      ring = std::max(ring_least, ring - std::min(ring, over - more));
     }
   }
   plan.ring_frames = static_cast<std::uint32_t>(ring);
@@ -89,11 +93,34 @@ Plan plan_streaming(const Snapshot& snapshot, const Totals& totals, std::uint64_
   return plan;
 }
 
+// The most frames that any one layer streams.
+std::uint64_t widest_layer(const Snapshot& snapshot, const Plan& plan) {
+  std::uint64_t frames = 0;
+  for (std::size_t i = 0; i < snapshot.branches.size(); ++i) {
+    const std::uint32_t layers = snapshot.branches[i].layers;
+    if (snapshot.branches[i].active) frames += (plan.streamed_frames[i] + layers - 1) / layers;
+  }
+  return frames;
+}
+
+// Streams at least `wanted` of the active frames. Where whole layers are asked for, the ring grows
+// until it holds one: each round leaves less over than the last, by the number of layers.
+Plan plan_streaming(const Snapshot& snapshot, const Totals& totals, std::uint64_t wanted) {
+  constexpr int rounds_max = 32;
+  Plan plan = plan_ring(snapshot, totals, wanted, 1);
+  for (int round = 0; snapshot.whole_layers && round < rounds_max; ++round) {
+    const std::uint64_t widest = widest_layer(snapshot, plan);
+    if (widest <= plan.ring_frames) break;
+    plan = plan_ring(snapshot, totals, wanted, widest);
+  }
+  return plan;
+}
+
 class Off final : public Policy {
  public:
   [[nodiscard]] Plan plan(const Snapshot& snapshot) const override {
     Plan plan;
-    plan.streamed_frames.assign(snapshot.sequences.size(), 0);
+    plan.streamed_frames.assign(snapshot.branches.size(), 0);
     return plan;
   }
   [[nodiscard]] std::string name() const override { return "off"; }
@@ -143,9 +170,7 @@ std::uint32_t streamed_blocks(std::uint32_t streamed_frames, std::uint32_t layer
 
 std::uint64_t device_frames_needed(const Snapshot& snapshot, const Plan& plan) {
   const Totals totals = totals_of(snapshot);
-  std::uint64_t streamed = 0;
-  for (const std::uint32_t frames : plan.streamed_frames) streamed += frames;
-  return totals.full() - streamed + totals.pinned + plan.ring_frames;
+  return totals.full() - plan.streamed() + totals.pinned + plan.ring_frames;
 }
 
 std::unique_ptr<Policy> make_policy(const std::string& name) {

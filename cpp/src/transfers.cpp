@@ -5,6 +5,7 @@
 #include <array>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "pie/error.hpp"
 
@@ -44,7 +45,7 @@ Transfers::Transfers(Backend& backend, BlockMap& map)
     : backend_(backend), map_(map), readers_(map.device().capacity()) {}
 
 void Transfers::submit(const Transfer& transfer) {
-  const std::vector<Block>& blocks = transfer.sequence->layers[transfer.layer].blocks;
+  const std::vector<Block>& blocks = transfer.branch->layers[transfer.layer].blocks;
   const std::vector<Copy> copies = copies_of(blocks, transfer.first_block, transfer.count);
   Dep after;
   if (transfer.lane == Lane::pool_to_device) {
@@ -57,54 +58,60 @@ void Transfers::submit(const Transfer& transfer) {
   in_flight_.emplace(key_of(ticket), transfer);
 }
 
-void Transfers::load(Sequence& sequence, std::uint32_t layer, std::uint32_t first_block,
+void Transfers::load(Branch& branch, std::uint32_t layer, std::uint32_t first_block,
                      FrameRun device, bool ring) {
   for (std::uint32_t i = 0; i < device.count; ++i) {
-    map_.begin_load({&sequence, layer, first_block + i}, device.first + i, ring);
+    map_.begin_load({&branch, layer, first_block + i}, device.first + i, ring);
   }
-  ++sequence.in_flight;
-  submit({Lane::pool_to_device, &sequence, layer, first_block, device.count, 1});
+  ++branch.in_flight;
+  submit({Lane::pool_to_device, &branch, layer, first_block, device.count, 1});
 }
 
-void Transfers::write(Sequence& sequence, std::uint32_t layer, std::uint32_t first_block,
+void Transfers::write(Branch& branch, std::uint32_t layer, std::uint32_t first_block,
                       const std::vector<FrameIndex>& pool_frames) {
   const auto count = static_cast<std::uint32_t>(pool_frames.size());
   for (std::uint32_t i = 0; i < count; ++i) {
-    map_.begin_write({&sequence, layer, first_block + i}, pool_frames[i]);
+    map_.begin_write({&branch, layer, first_block + i}, pool_frames[i]);
   }
-  ++sequence.in_flight;
-  submit({Lane::device_to_pool, &sequence, layer, first_block, count, 1});
+  ++branch.in_flight;
+  submit({Lane::device_to_pool, &branch, layer, first_block, count, 1});
 }
 
 void Transfers::commit(const Transfer& transfer) {
   const bool load = transfer.lane == Lane::pool_to_device;
   for (std::uint32_t i = 0; i < transfer.count; ++i) {
-    const BlockKey key{transfer.sequence, transfer.layer, transfer.first_block + i};
+    const BlockKey key{transfer.branch, transfer.layer, transfer.first_block + i};
     load ? map_.commit_load(key) : map_.commit_write(key);
   }
   (load ? loaded_frames_ : written_frames_) += transfer.count;
   landed_.push_back(
-      {transfer.lane, transfer.sequence, transfer.layer, transfer.first_block, transfer.count});
+      {transfer.lane, transfer.branch, transfer.layer, transfer.first_block, transfer.count});
 }
 
 void Transfers::give_up(const Transfer& transfer, const Completion& completion) {
   const bool load = transfer.lane == Lane::pool_to_device;
   for (std::uint32_t i = 0; i < transfer.count; ++i) {
-    const BlockKey key{transfer.sequence, transfer.layer, transfer.first_block + i};
+    const BlockKey key{transfer.branch, transfer.layer, transfer.first_block + i};
     load ? map_.fail_load(key) : map_.fail_write(key);
   }
-  LayerBlocks& layer = transfer.sequence->layers[transfer.layer];
+  LayerBlocks& layer = transfer.branch->layers[transfer.layer];
   if (!load) layer.written = std::min(layer.written, transfer.first_block);
-  if (!transfer.sequence->error.empty()) return;
-  transfer.sequence->error =
-      std::string(load ? "Reading" : "Writing") + " KV of sequence " +
-      std::to_string(transfer.sequence->id) + " (layer " + std::to_string(transfer.layer) + ", " +
-      std::to_string(transfer.count) + " blocks from block " +
-      std::to_string(transfer.first_block) + ") " + (load ? "from" : "to") + " the pool failed " +
-      std::to_string(tries_max) + " times: " +
-      (completion.status == Status::corrupt ? "the data read are not the data written"
-                                            : std::strerror(completion.error)) +
-      ". Its committed KV is unchanged; try the step again, or free the sequence.";
+  std::string& error = transfer.branch->error;
+  if (!error.empty()) return;
+  ++troubled_;
+  const std::uint32_t block = transfer.branch->first + transfer.first_block;
+  error = std::string(load ? "Reading" : "Writing") + " its KV (layer " +
+          std::to_string(transfer.layer) + ", " + std::to_string(transfer.count) +
+          " blocks from block " + std::to_string(block) + ") " + (load ? "from" : "to") +
+          " the pool failed " + std::to_string(tries_max) + " times: " +
+          (completion.status == Status::corrupt ? "the data read are not the data written"
+                                                : std::strerror(completion.error)) +
+          ". Its committed KV is unchanged; try the step again, or free the sequence.";
+}
+
+std::string Transfers::take_error(Branch& branch) {
+  if (!branch.error.empty()) --troubled_;
+  return std::exchange(branch.error, std::string());
 }
 
 void Transfers::end(const Completion& completion) {
@@ -118,7 +125,7 @@ void Transfers::end(const Completion& completion) {
     submit(transfer);
     return;
   }
-  --transfer.sequence->in_flight;
+  --transfer.branch->in_flight;
   if (completion.status == Status::ok) {
     commit(transfer);
   } else {
@@ -145,7 +152,7 @@ void Transfers::check() const {
   for (const auto& [ticket, transfer] : in_flight_) {
     for (std::uint32_t i = 0; i < transfer.count; ++i) {
       const Block& block =
-          BlockMap::at({transfer.sequence, transfer.layer, transfer.first_block + i});
+          BlockMap::at({transfer.branch, transfer.layer, transfer.first_block + i});
       require(block.in_flight(), "check: a ticket in flight moves a block that is at rest.");
       require(!device[block.device] && !pool[block.pool],
               "check: a frame is used by two copies at once.");

@@ -204,7 +204,7 @@ void bind_step(nb::class_<Cache>& cache) {
             self.enter([&](auto& tiered) {
               tiered.attend(layer, {rows_at(k, k_row, k_head), rows_at(v, v_row, v_head)},
                             rows_at(q, q_row, q_head), {pointer_to(out), out_row, out_head},
-                            query_heads, scale, static_cast<float*>(pointer_to(lse)));
+                            query_heads, {.scale = scale}, static_cast<float*>(pointer_to(lse)));
             });
           },
           "layer"_a, "k"_a, "k_row"_a, "k_head"_a, "v"_a, "v_row"_a, "v_head"_a, "q"_a, "q_row"_a,

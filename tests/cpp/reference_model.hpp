@@ -157,7 +157,7 @@ class Model {
     std::vector<float> out(q.size(), NAN);
     const std::int64_t stride = query_heads * head_dim;
     cache_->attend(layer, inputs, {q.data(), stride, head_dim}, {out.data(), stride, head_dim},
-                   query_heads, 0.35F, nullptr);
+                   query_heads, {.scale = 0.35F}, nullptr);
     std::uint32_t row = 0;
     for (const StepEntry& entry : batch) {
       const auto& salts = after.at(entry.sequence);

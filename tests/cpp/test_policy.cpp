@@ -1,7 +1,6 @@
 // Policies are pure: each plan is judged against its snapshot alone.
 #include <gtest/gtest.h>
 
-#include <numeric>
 #include <random>
 #include <vector>
 
@@ -12,71 +11,66 @@ namespace pie {
 namespace {
 
 Snapshot make_snapshot(std::uint32_t layers, std::uint32_t device_frames,
-                       const std::vector<SequenceView>& sequences) {
+                       const std::vector<BranchView>& branches) {
   Snapshot snapshot;
   snapshot.layers = layers;
   snapshot.device_frames = device_frames;
   snapshot.pool_frames = 1000000;
   snapshot.copy_frames_best = 8;
-  snapshot.sequences = sequences;
+  snapshot.branches = branches;
   return snapshot;
 }
 
-std::uint64_t streamed(const Plan& plan) {
-  return std::accumulate(plan.streamed_frames.begin(), plan.streamed_frames.end(),
-                         std::uint64_t{0});
-}
-
 TEST(Policy, FitStreamsNothingThatFits) {
-  const std::vector<SequenceView> sequences{{10, 1, true}, {5, 1, false}};
-  const Plan plan = make_policy("fit")->plan(make_snapshot(4, 4 * 17, sequences));
-  EXPECT_EQ(streamed(plan), 0U);
+  const std::vector<BranchView> branches{{4, 10, 1, true}, {4, 5, 1, false}};
+  const Plan plan = make_policy("fit")->plan(make_snapshot(4, 4 * 17, branches));
+  EXPECT_EQ(plan.streamed(), 0U);
   EXPECT_EQ(plan.ring_frames, 0U);
 }
 
 TEST(Policy, FitStreamsJustWhatDoesNotFit) {
-  const std::vector<SequenceView> sequences{{100, 1, true}};
+  const std::vector<BranchView> branches{{30, 100, 1, true}};
   for (std::uint32_t device = 40; device < 3030; device += 13) {
-    const Snapshot snapshot = make_snapshot(30, device, sequences);
+    const Snapshot snapshot = make_snapshot(30, device, branches);
     const Plan plan = make_policy("fit")->plan(snapshot);
     EXPECT_LE(device_frames_needed(snapshot, plan), device);
     // No more than the excess and the ring: the device is full, but for rounding.
-    if (streamed(plan) > 0 && streamed(plan) < 3000) {
+    if (plan.streamed() > 0 && plan.streamed() < 3000) {
       EXPECT_EQ(device_frames_needed(snapshot, plan), device);
     }
   }
 }
 
 TEST(Policy, FitSetsIdleSequencesAsideFirst) {
-  const std::vector<SequenceView> sequences{{20, 1, true}, {20, 1, false}};
-  const Plan plan = make_policy("fit")->plan(make_snapshot(2, 2 * 30, sequences));
+  const std::vector<BranchView> branches{{2, 20, 1, true}, {2, 20, 1, false}};
+  const Plan plan = make_policy("fit")->plan(make_snapshot(2, 2 * 30, branches));
   EXPECT_EQ(plan.streamed_frames[0], 0U);
   EXPECT_EQ(plan.streamed_frames[1], 24U);
   EXPECT_EQ(plan.ring_frames, 0U);
 }
 
 TEST(Policy, FixedStreamsItsShareEvenWhereAllFits) {
-  const std::vector<SequenceView> sequences{{64, 1, true}, {32, 0, true}};
+  const std::vector<BranchView> branches{{4, 64, 1, true}, {4, 32, 0, true}};
   for (const auto& [name, share] : {std::pair{"fixed:0.25", 0.25}, std::pair{"fixed:1", 1.0}}) {
-    const Plan plan = make_policy(name)->plan(make_snapshot(4, 4000, sequences));
-    EXPECT_EQ(streamed(plan), static_cast<std::uint64_t>(share * 4 * 96));
+    const Plan plan = make_policy(name)->plan(make_snapshot(4, 4000, branches));
+    EXPECT_EQ(plan.streamed(), static_cast<std::uint64_t>(share * 4 * 96));
     EXPECT_GT(plan.ring_frames, 0U);
     EXPECT_TRUE(plan.write_behind);
   }
 }
 
 TEST(Policy, FixedStreamsMoreWhereTheBudgetDemands) {
-  const std::vector<SequenceView> sequences{{100, 1, true}};
-  const Snapshot snapshot = make_snapshot(4, 100, sequences);
+  const std::vector<BranchView> branches{{4, 100, 1, true}};
+  const Snapshot snapshot = make_snapshot(4, 100, branches);
   const Plan fixed = make_policy("fixed:0.1")->plan(snapshot);
-  EXPECT_EQ(streamed(fixed), streamed(make_policy("fit")->plan(snapshot)));
+  EXPECT_EQ(fixed.streamed(), make_policy("fit")->plan(snapshot).streamed());
 }
 
 TEST(Policy, OffStreamsNothing) {
-  const std::vector<SequenceView> sequences{{100, 1, true}};
-  const Snapshot snapshot = make_snapshot(4, 100, sequences);
+  const std::vector<BranchView> branches{{4, 100, 1, true}};
+  const Snapshot snapshot = make_snapshot(4, 100, branches);
   const Plan plan = make_policy("off")->plan(snapshot);
-  EXPECT_EQ(streamed(plan), 0U);
+  EXPECT_EQ(plan.streamed(), 0U);
   EXPECT_FALSE(plan.write_behind);
   EXPECT_GT(device_frames_needed(snapshot, plan), 100U);
 }
@@ -86,19 +80,19 @@ TEST(Policy, EveryPlanThatCanFitFits) {
   const char* names[] = {"fit", "fixed:0.3", "fixed:1"};
   for (int i = 0; i < 20000; ++i) {
     const auto layers = static_cast<std::uint32_t>(1 + random() % 40);
-    std::vector<SequenceView> sequences(1 + random() % 6);
+    std::vector<BranchView> branches(1 + random() % 6);
     std::uint64_t pinned = 0;
-    for (SequenceView& view : sequences) {
-      view = {static_cast<std::uint32_t>(random() % 50), static_cast<std::uint32_t>(random() % 3),
-              random() % 3 != 0};
+    for (BranchView& view : branches) {
+      view = {layers, static_cast<std::uint32_t>(random() % 50),
+              static_cast<std::uint32_t>(random() % 3), random() % 3 != 0};
       pinned += std::uint64_t{view.pinned_blocks} * layers;
     }
     const auto device = static_cast<std::uint32_t>(pinned + 1 + random() % (layers * 60));
-    const Snapshot snapshot = make_snapshot(layers, device, sequences);
+    const Snapshot snapshot = make_snapshot(layers, device, branches);
     const Plan plan = make_policy(names[i % 3])->plan(snapshot);
     ASSERT_LE(device_frames_needed(snapshot, plan), device);
-    for (std::size_t s = 0; s < sequences.size(); ++s) {
-      ASSERT_LE(plan.streamed_frames[s], sequences[s].full_blocks * layers);
+    for (std::size_t s = 0; s < branches.size(); ++s) {
+      ASSERT_LE(plan.streamed_frames[s], branches[s].full_blocks * layers);
     }
   }
 }

@@ -130,8 +130,8 @@ TEST(Scheduler, ThreeFramesALayerAreEnoughForManyQueryHeads) {
   for (int step = 0; step < 4; ++step) {
     cache.begin(batch, Reader::attend);
     for (std::uint32_t layer = 0; layer < 3; ++layer) {
-      cache.attend(layer, {kv, kv}, {q.data(), 71 * 64, 64}, {out.data(), 71 * 64, 64}, 71, 0.1F,
-                   nullptr);
+      cache.attend(layer, {kv, kv}, {q.data(), 71 * 64, 64}, {out.data(), 71 * 64, 64}, 71,
+                   {.scale = 0.1F}, nullptr);
     }
     cache.finish();
     cache.check();
@@ -263,7 +263,7 @@ TEST(Scheduler, ABrokenLinkLosesNothing) {
         grow(model, id, 5);
       } catch (const IoError& error) {
         ++failures;
-        EXPECT_NE(std::string(error.what()).find("sequence 1"), std::string::npos);
+        EXPECT_NE(std::string(error.what()).find("Sequence 1"), std::string::npos);
       }
       model.check();
     }

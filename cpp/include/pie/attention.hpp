@@ -36,6 +36,9 @@ struct AttentionShape {
   std::uint32_t block_tokens = 0;
   DType dtype = DType::f32;  // of q, K, V and out
   float scale = 0;           // multiplies q.k
+  std::uint32_t window = 0;
+  float soft_cap = 0;
+  const float* sinks = nullptr;
 };
 
 // One piece of one sequence: query rows at absolute positions [position, position + rows), and the

@@ -1,6 +1,10 @@
 // Where every block of every sequence lies, and the legal ways for that to change.
 //
-// A block is keyed by (sequence, layer, block index). Its states, and the one function that makes
+// Sequences that were forked share what they have in common. A branch is a stretch of consecutive
+// blocks, in every layer, that all sequences through it share; a sequence is a path of branches.
+// Blocks are written to only by the sequence that has the last branch of its path for itself.
+//
+// A block is keyed by (branch, layer, block index). Its states, and the one function that makes
 // each transition:
 //
 //             place               begin_write            commit_write
@@ -23,6 +27,7 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <string>
@@ -51,49 +56,98 @@ struct Block {
   }
 };
 
-// The blocks of one layer of one sequence.
+// The blocks of one layer of one branch; indices count from the branch's first block.
 struct LayerBlocks {
   std::vector<Block> blocks;
+  std::vector<const std::byte*> frames;  // by block, where on the device it lies; null: nowhere
+  std::uint32_t present = 0;             // blocks readable on the device
+  std::uint32_t pooled = 0;              // blocks only in the pool
+  std::uint32_t gone = 0;                // blocks [0, gone) are empty: no row sees them any more
   std::uint32_t streamed = 0;  // blocks [0, streamed) are not kept on the device: the plan in force
   std::uint32_t written = 0;   // where the search for full blocks without a pool copy starts
   FrameRun extent;             // pool frames set aside for this layer's next blocks
 };
 
-struct Sequence {
+struct Branch {
   std::uint64_t id = 0;
-  std::uint32_t tokens = 0;  // committed length
+  std::uint32_t first = 0;  // its first block, counted from the start of its sequences
+  std::uint32_t full = 0;   // how many of its blocks, from the first on, are full and committed
+  std::uint32_t users = 0;  // sequences whose path it is on
   std::vector<LayerBlocks> layers;
   std::uint32_t in_flight = 0;  // transfers under way
-  bool active = false;          // in the batch of the step that runs, or of the last one
   std::string error;            // first failure not yet told to the caller
+
+  // Of the step that runs, or ran last.
+  bool active = false;            // read in it
+  std::uint32_t grows_to = 0;     // tokens after it of the sequence that appends here; 0: none does
+  std::uint32_t held = no_frame;  // the block that is partial before the step and full after it
+  std::size_t reading = 0;        // its place in the order of reading
+
+  [[nodiscard]] std::uint32_t blocks() const {
+    return static_cast<std::uint32_t>(layers.front().blocks.size());
+  }
+  [[nodiscard]] std::uint32_t end() const { return first + blocks(); }
+};
+
+struct Sequence {
+  SequenceId id = 0;
+  std::uint32_t tokens = 0;   // committed length
+  std::vector<Branch*> path;  // its blocks, in order and without a gap
+  std::uint32_t gain = 0;     // tokens that the step that runs adds
 };
 
 // One block, by name.
 struct BlockKey {
-  Sequence* sequence = nullptr;
+  Branch* branch = nullptr;
   std::uint32_t layer = 0;
-  std::uint32_t block = 0;
+  std::uint32_t block = 0;  // counted from the branch's first
 };
 
 class BlockMap {
  public:
-  BlockMap(std::uint32_t layers, std::uint32_t device_frames, std::uint32_t pool_frames);
+  using Sequences = std::map<SequenceId, Sequence>;
+  using Branches = std::map<std::uint64_t, Branch>;
+
+  // Device frame i lies at `arena` + i * `stride`.
+  BlockMap(const Geometry& geometry, std::uint32_t device_frames, std::uint32_t pool_frames,
+           const std::byte* arena, Bytes stride);
 
   Sequence& add();
-  void remove(Sequence& sequence);  // all its blocks are empty
-  [[nodiscard]] Sequence* find(std::uint64_t id);
-  [[nodiscard]] const Sequence* find(std::uint64_t id) const;
-  [[nodiscard]] std::map<std::uint64_t, Sequence>& sequences() { return sequences_; }
-  [[nodiscard]] const std::map<std::uint64_t, Sequence>& sequences() const { return sequences_; }
+  Sequence& fork(const Sequence& sequence);
+  void remove(Sequence& sequence);  // its path is empty
+  [[nodiscard]] Sequence* find(SequenceId id);
+  [[nodiscard]] const Sequence* find(SequenceId id) const;
+  [[nodiscard]] const Sequences& sequences() const { return sequences_; }
+  [[nodiscard]] Sequences& sequences() { return sequences_; }
+  [[nodiscard]] const Branches& branches() const { return branches_; }
+  [[nodiscard]] Branches& branches() { return branches_; }
+
+  // A branch without blocks and without users.
+  Branch& grow(std::uint32_t first);
+  void remove(Branch& branch);  // has neither
+
+  // The last branch of the path comes off it, or a branch comes on.
+  static void leave(Sequence& sequence);
+  static void join(Sequence& sequence, Branch& branch);
+
+  // Blocks [0, at) of a branch at rest become one of their own, which its sequences pass first.
+  Branch& split(Branch& branch, std::uint32_t at);
+  // The reverse, for branches at rest, all full, that follow each other in all their paths.
+  void merge(Branch& front, Branch& back);
 
   [[nodiscard]] FramePool& device() { return device_; }
   [[nodiscard]] const FramePool& device() const { return device_; }
   [[nodiscard]] FramePool& pool() { return pool_; }
   [[nodiscard]] const FramePool& pool() const { return pool_; }
+  void resize_device(std::uint32_t frames);
 
   [[nodiscard]] static Block& at(const BlockKey& key) {
-    return key.sequence->layers[key.layer].blocks[key.block];
+    return key.branch->layers[key.layer].blocks[key.block];
   }
+
+  // One empty block more at the end of a layer, or the last block, at rest, dropped and gone.
+  static void lengthen(LayerBlocks& layer);
+  void shorten(Branch& branch, std::uint32_t layer);
 
   // The transitions. Frames given to them are acquired already; frames they free are released.
   void place(const BlockKey& key, FrameIndex device);
@@ -117,7 +171,7 @@ class BlockMap {
   std::uint32_t release_extents();
   void release_extent(LayerBlocks& layer);
 
-  // Who uses a device frame; `sequence` is null where nobody does.
+  // Who uses a device frame; `branch` is null where nobody does.
   [[nodiscard]] BlockKey owner(FrameIndex device) const { return owners_[device]; }
 
   [[nodiscard]] std::uint32_t count(BlockState state) const {
@@ -125,20 +179,30 @@ class BlockMap {
   }
   [[nodiscard]] std::uint32_t ring_frames() const { return ring_; }
 
-  // Every frame has at most one owner, each tier's frames add up, states and counts agree.
+  // Every frame has at most one owner, each tier's frames add up, states and counts agree, every
+  // path covers its sequence. Throws LogicError.
   void check() const;
 
  private:
-  void set_state(Block& block, BlockState state);
-  void leave_device(Block& block);
+  void set_state(const BlockKey& key, BlockState state);
+  void enter_device(const BlockKey& key, FrameIndex device);
+  void leave_device(const BlockKey& key);
   void leave_pool(Block& block);
-  void check_block(const BlockKey& key, const Block& block, std::vector<bool>& pool_seen) const;
+  void rename(Branch& branch, std::uint32_t layer);
+  void check_layer(Branch& branch, std::uint32_t layer, std::vector<bool>& pool_seen) const;
+  void check_block(const BlockKey& key, std::vector<bool>& pool_seen) const;
+  void check_paths() const;
+  void check_frames() const;
 
-  std::uint32_t layers_;
+  Geometry geometry_;
+  const std::byte* arena_;
+  Bytes stride_;
   FramePool device_;
   FramePool pool_;
-  std::map<std::uint64_t, Sequence> sequences_;
+  Sequences sequences_;
+  Branches branches_;
   std::uint64_t next_id_ = 1;
+  std::uint64_t next_branch_ = 1;
   std::vector<BlockKey> owners_;  // by device frame
   std::array<std::uint32_t, block_states> counts_{};
   std::uint32_t ring_ = 0;

@@ -34,8 +34,23 @@ struct StepEntry {
 };
 
 // What the layers of a step are read by: the library's attention in place, a contiguous copy of K
-// and V, or a kernel of the caller's.
-enum class Reader : std::uint8_t { attend, gather, kernel };
+// and V, a kernel of the caller's, or the caller himself by a table of frames.
+enum class Reader : std::uint8_t { attend, gather, kernel, pages };
+
+// What a model asks of its attention.
+struct AttendOptions {
+  float scale = 1;               // multiplies q.k
+  float soft_cap = 0;            // see AttentionShape
+  const float* sinks = nullptr;  // see AttentionShape
+};
+
+// The memory of the device tier: frame i starts at `start` + i * `stride_bytes`. The start stays
+// where it is for as long as the cache lives.
+struct Arena {
+  std::byte* start = nullptr;
+  Bytes stride_bytes = 0;
+  std::uint32_t frames = 0;
+};
 
 // Counters since construction, and gauges. "decode" counts steps in which every sequence gained one
 // token; their time runs from one begin to the next where two follow each other, else to finish.
@@ -84,6 +99,10 @@ class TieredCache {
   [[nodiscard]] const Geometry& geometry() const;
 
   [[nodiscard]] SequenceId add();
+  // A sequence with the same tokens. What two have in common is held once, and copied, a block at
+  // most, when one of them writes to it.
+  [[nodiscard]] SequenceId fork(SequenceId sequence);
+  // Throws LogicError where layers with a window have given back what is needed to go on.
   void truncate(SequenceId sequence, std::uint32_t tokens);
   void free(SequenceId sequence);
   [[nodiscard]] std::uint32_t length(SequenceId sequence) const;
@@ -94,10 +113,16 @@ class TieredCache {
   // Appends the layer's K and V and attends to all of each sequence, causally. `q` and `out` are
   // packed like the inputs, with `query_heads` heads. `lse`, if given: `[rows, query_heads]`.
   void attend(std::uint32_t layer, const LayerInputs& inputs, const Rows& q, const MutableRows& out,
-              std::uint32_t query_heads, float scale, float* lse);
+              std::uint32_t query_heads, const AttendOptions& options, float* lse);
 
   // Appends the layer's K and V and returns all of them contiguously.
   Gathered gather(std::uint32_t layer, const LayerInputs& inputs);
+
+  // Appends the layer's K and V and has all blocks of the layer on the device at once. Returns
+  // `[batch, most blocks]`: the device frame of each block, -1 where there is none (past the end,
+  // or before the window). Good until the next layer or the end of the step.
+  std::span<const std::int32_t> pages(std::uint32_t layer, const LayerInputs& inputs);
+  [[nodiscard]] Arena arena() const;
 
   // Has `kernel` append the layer's K and V and read all of each sequence.
   void run(std::uint32_t layer, LayerKernel& kernel);
@@ -109,6 +134,11 @@ class TieredCache {
   void finish();
   void abort() noexcept;
   [[nodiscard]] bool in_step() const;
+
+  // Budgets from now on, between steps, up or down; what is given up goes back to the system.
+  // Throws CapacityError, with nothing changed, where what is held does not fit, and IoError, with
+  // nothing lost, where a transfer fails on the way.
+  void resize(Bytes device_bytes, Bytes pool_bytes);
 
   [[nodiscard]] Stats stats() const;
 

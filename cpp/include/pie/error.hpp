@@ -6,6 +6,7 @@
 // values.
 #pragma once
 
+#include <cstdint>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -34,9 +35,25 @@ class CapacityError : public std::bad_alloc {
 };
 
 // A transfer failed after its retries. Becomes OSError in Python. The pool copies stay valid.
-struct IoError : std::runtime_error {
-  using std::runtime_error::runtime_error;
+class IoError : public std::runtime_error {
+ public:
+  explicit IoError(const std::string& message, std::uint64_t sequence = 0)
+      : std::runtime_error(message), sequence_(sequence) {}
+
+  // The one it touched, without which the others of the batch can go on; 0: all of them.
+  [[nodiscard]] std::uint64_t sequence() const { return sequence_; }
+
+ private:
+  std::uint64_t sequence_;
 };
+
+// Bytes as a message says them: "1.5 MiB (1572864 bytes)", rounded up.
+[[nodiscard]] inline std::string sized(std::uint64_t bytes) {
+  const unsigned shift = bytes < (10ULL << 20) ? 10 : 20;
+  const std::uint64_t tenths = (bytes * 10 + (1ULL << shift) - 1) >> shift;
+  return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) +
+         (shift == 10 ? " KiB (" : " MiB (") + std::to_string(bytes) + " bytes)";
+}
 
 // Always on. `call` names the public call in the message.
 inline void require(bool condition, const char* message) {

@@ -33,6 +33,10 @@ class FramePool {
   // frames given up are free.
   void set_limit(std::uint32_t limit);
 
+  // Moves the capacity and, to it, the limit. Throws LogicError unless all frames given up are
+  // free.
+  void resize(std::uint32_t capacity, std::uint32_t limit);
+
   [[nodiscard]] bool is_free(FrameIndex frame) const;
   [[nodiscard]] std::uint32_t capacity() const { return capacity_; }
   [[nodiscard]] std::uint32_t limit() const { return limit_; }

@@ -1,13 +1,14 @@
 // What stays on the device and what is streamed: a pure function from a snapshot to a plan.
 //
 // A policy reads no clock and keeps no memory; everything it may know is in the snapshot. The plan
-// says for every block which lever serves it: blocks [0, streamed_blocks) of a layer of a sequence
-// are streamed, the others resident. Streaming a prefix keeps both sides adjacent in the pool, so
+// says for every block which lever serves it: the first streamed_blocks of a layer of a branch are
+// streamed, the others resident. Streaming a prefix keeps both sides adjacent in the pool, so
 // copies are large, and growing or shrinking it moves one boundary.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <numeric>
 #include <span>
 #include <string>
 #include <vector>
@@ -16,29 +17,37 @@
 
 namespace pie {
 
-// One sequence as it will be when the step has ended. Counts are per layer.
-struct SequenceView {
+// The blocks that some sequences share, or one has for itself, in the layers of one window, as they
+// will be when the step has ended. Counts are per layer.
+struct BranchView {
+  std::uint32_t layers = 0;
   std::uint32_t full_blocks = 0;    // can be written, and then streamed
   std::uint32_t pinned_blocks = 0;  // stay on the device whatever the plan: the partial last block,
                                     // and one that the step fills, which an abort must give back
-  bool active = false;              // takes part in the step, so its KV is read in it
+  bool active = false;              // read in the step
 };
 
 struct Snapshot {
-  std::uint32_t layers = 0;
+  std::uint32_t layers = 0;            // of the model
   std::uint32_t device_frames = 0;     // for blocks and ring: capacity less staging
   std::uint32_t pool_frames = 0;       // the most the pool may hold; 0: there is none
   std::uint32_t copy_frames_best = 1;  // copies of this many frames reach the link's rate
-  std::span<const SequenceView> sequences;
+  bool whole_layers = false;           // all blocks of a layer are to be on the device at once
+  std::span<const BranchView> branches;
 };
 
 struct Plan {
   std::uint32_t ring_frames = 0;
-  std::vector<std::uint32_t> streamed_frames;  // per sequence, all its layers together
+  std::vector<std::uint32_t> streamed_frames;  // per branch view, all its layers together
   bool write_behind = false;                   // write filled frames before the plan streams them
+
+  [[nodiscard]] std::uint64_t streamed() const {
+    return std::accumulate(streamed_frames.begin(), streamed_frames.end(), std::uint64_t{0});
+  }
 };
 
-// Blocks of `layer` that are streamed when `streamed_frames` are, spread evenly over the layers.
+// Blocks of a view's `layer` that are streamed when `streamed_frames` are, spread evenly over its
+// layers.
 [[nodiscard]] std::uint32_t streamed_blocks(std::uint32_t streamed_frames, std::uint32_t layer,
                                             std::uint32_t layers);
 

@@ -38,6 +38,7 @@ struct Piece {
   const Visit* visit = nullptr;
   std::uint32_t first_block = 0;
   std::uint32_t end_block = 0;
+  bool first = false;  // of the visit in this layer
 };
 
 // What a layer's blocks are filled from and read by.
@@ -61,6 +62,17 @@ class LayerReader {
 struct Growth {
   Sequence* sequence = nullptr;
   std::uint32_t new_tokens = 0;
+  // Where the step's tokens go: the last branch of the sequence's path, or one that will take the
+  // place of `shared`, which holds a partial block that others share.
+  Branch* branch = nullptr;
+  Branch* shared = nullptr;
+};
+
+// How a step's layers are read, as far as it matters to what lies where.
+struct StepShape {
+  std::uint32_t staging_frames = 0;  // to set aside at the top of the arena
+  bool several_waves = false;        // visits will have more than one
+  bool whole_layers = false;         // all blocks of a layer stay until the next layer begins
 };
 
 class Scheduler {
@@ -74,10 +86,9 @@ class Scheduler {
   [[nodiscard]] const Plan& plan() const { return plan_; }
   [[nodiscard]] Nanos stall_ns() const { return stall_ns_; }
 
-  // Plans the step and makes room for it, `staging_frames` at the top of the arena included;
-  // `several_waves` says whether its visits will have more than one. Throws CapacityError, with
-  // nothing lost, where it cannot fit.
-  void begin(std::span<const Growth> batch, std::uint32_t staging_frames, bool several_waves);
+  // Plans the step and makes room for it. Throws CapacityError, with nothing lost, where it cannot
+  // fit.
+  void begin(std::span<const Growth> batch, const StepShape& shape);
 
   // What the readers' compute runs on.
   void set_stream(ComputeStream stream) { stream_ = stream; }
@@ -95,9 +106,17 @@ class Scheduler {
   // Takes the appends of the step back.
   void abort();
 
-  // Cuts a sequence to `tokens`. A full block that becomes partial is loaded and leaves the pool.
+  // A sequence with the same tokens; what they share is held once.
+  Sequence& fork(Sequence& sequence);
+
+  // Cuts a sequence to `tokens`. Throws LogicError where a window has given back what the next
+  // token would see.
   void truncate(Sequence& sequence, std::uint32_t tokens);
   void free(Sequence& sequence);
+
+  // Frames of both tiers from now on. Throws CapacityError, with nothing changed, where what is
+  // held does not fit, and IoError, with nothing lost, where a transfer fails on the way.
+  void resize(std::uint32_t device_frames, std::uint32_t pool_frames);
 
   // Waits until nothing is in flight.
   void drain();
@@ -105,31 +124,76 @@ class Scheduler {
   void check() const;
 
  private:
+  // The layers that share a window.
+  struct LayerClass {
+    std::uint32_t window = 0;
+    std::vector<std::uint32_t> layers;
+  };
+
+  // What one wave of a layer reads in one go: a branch, by all visits that pass through it.
+  struct Reading {
+    Branch* branch = nullptr;
+    std::uint32_t wave = 0;
+    std::uint32_t position = 0;  // the least of its visits'
+    std::vector<std::uint32_t> visits;
+  };
+
+  // Blocks of a reading that are on the device and not yet given to the reader.
+  struct Stretch {
+    Branch* branch = nullptr;
+    std::uint32_t begin = 0;
+    std::uint32_t end = 0;
+  };
+
+  // How far a visit is through the layer that runs, in blocks.
+  struct Progress {
+    std::uint32_t begin = 0;
+    std::uint32_t read = 0;
+    std::uint32_t ready = 0;
+  };
+
   // Position in the order in which blocks will be read; layers count on into the next step.
   struct Cursor {
     std::uint32_t layer = 0;
-    std::size_t visit = 0;
+    std::size_t reading = 0;
     std::uint32_t block = 0;
   };
 
   [[nodiscard]] std::uint32_t blocks_of(std::uint32_t tokens) const;
-  [[nodiscard]] Snapshot snapshot(std::span<const Growth> batch, std::uint32_t staging_frames,
-                                  std::vector<SequenceView>& views) const;
+  [[nodiscard]] std::uint32_t first_block(std::uint32_t position, std::uint32_t window) const;
+
+  void open_batch(std::span<const Growth> batch);
+  void close_batch();
+  [[nodiscard]] bool cuts_into_blocks(const StepShape& shape) const;
+  [[nodiscard]] BranchView view_of(const Branch& branch, const LayerClass& layers) const;
+  [[nodiscard]] Snapshot snapshot(std::uint32_t device_frames, std::uint32_t pool_frames,
+                                  std::vector<BranchView>& views) const;
   void admit(const Snapshot& snapshot, const Plan& plan, std::uint32_t staging_frames);
+  void admit_on_device(const Snapshot& snapshot, const Plan& plan,
+                       std::uint32_t staging_frames) const;
   void apply(const Plan& plan);
-  [[nodiscard]] std::uint32_t held_block(const Sequence& sequence) const;
-  void set_streamed(Sequence& sequence, std::uint32_t layer, std::uint32_t streamed);
+  void drop_idle_ring();
+  void set_streamed(Branch& branch, std::uint32_t layer, std::uint32_t streamed);
   void reserve_staging(std::uint32_t frames);
   void clear_ring();
   [[nodiscard]] FrameIndex ring_begin() const;
   bool move_below(FrameIndex frame, FrameIndex limit);
   void vacate(FrameIndex frame, std::uint32_t limit);
 
+  void open_tail(Growth& growth);
+  void copy_tail(Growth& growth);
+  void copy_block(const BlockKey& from, const BlockKey& to);
+  void load_now(const BlockKey& key);
+
+  void plan_readings();
+  void read_layer(LayerReader& reader);
+  void read_branch(std::size_t index, LayerReader& reader);
   void append(const Visit& visit, LayerReader& reader);
-  void write_begun(Sequence& sequence, std::uint32_t full);
-  void fetch(std::size_t visit, std::uint32_t block, LayerReader& reader);
+  void write_begun(Branch& branch, std::uint32_t begun, std::uint32_t full);
+  void fetch(std::size_t reading, std::uint32_t block, LayerReader& reader);
+  void collect(const Reading& reading, std::uint32_t begin, std::uint32_t end);
   void flush(LayerReader& reader);
-  void release(const Piece& piece, Fence fence);
+  void release_read();
 
   [[nodiscard]] bool seek_pooled();
   void pump();
@@ -142,20 +206,31 @@ class Scheduler {
   [[nodiscard]] bool evict_any();
   [[nodiscard]] bool write_any();
 
-  void write_full(Sequence& sequence, std::uint32_t layer, std::uint32_t limit,
-                  bool rescue = false);
+  void write_full(Branch& branch, std::uint32_t layer, std::uint32_t limit, bool rescue = false);
   [[nodiscard]] FrameIndex take_pool_frame(LayerBlocks& layer, std::uint32_t needed, bool reclaim);
   [[nodiscard]] bool grow_pool(std::uint32_t frames);
   [[nodiscard]] bool reclaim_pool();
 
+  void grow_device(std::uint32_t frames);
+  void shrink_device(std::uint32_t frames);
+  void shrink_pool(std::uint32_t frames);
+  void move_down(const BlockKey& key);
+
+  void drop_unseen();
+  void drop_front(Branch& branch, const LayerClass& layers, std::uint32_t end);
+  void refuse_unseen(const Sequence& sequence, std::uint32_t tokens) const;
+  void cut(Branch& branch, std::uint32_t blocks);
+  void leave(Sequence& sequence);
+  Branch& split(Branch& branch, std::uint32_t at);
+  void join_up(std::uint64_t branch);
+  void merge(Branch& front, Branch& back);
+  void stop_prefetch();
+
   void land();
   void wait();
-  void settle(const Sequence& sequence);
+  void settle(const Branch& branch);
   void raise_errors();
-  void open_block(Sequence& sequence, std::uint32_t tokens);
-  void soil(Sequence& sequence, std::uint32_t index);
-  void load_now(const BlockKey& key);
-  void cut(Sequence& sequence, std::uint32_t tokens);
+  [[noreturn]] void raise_error(Branch& branch);
 
   Backend& backend_;
   Geometry geometry_;
@@ -164,11 +239,17 @@ class Scheduler {
   std::unique_ptr<Policy> policy_;
   BlockMap map_;
   Transfers transfers_;
+  std::vector<LayerClass> classes_;
 
   Plan plan_;
+  StepShape shape_;
   std::vector<Growth> batch_;
   std::vector<Visit> visits_;
-  std::vector<Piece> pieces_;  // collected and not yet read
+  std::vector<Reading> readings_;   // wave by wave, in reading order
+  std::vector<Progress> progress_;  // of the visits
+  std::vector<Stretch> collected_;  // ready, and not yet given to the reader
+  std::vector<Stretch> read_;       // given to it, and not yet released
+  std::vector<Piece> pieces_;       // empty between calls; kept for its memory
   Cursor cursor_;
   std::uint32_t layer_ = 0;        // that runs
   std::uint32_t wave_ = 0;         // that runs in it

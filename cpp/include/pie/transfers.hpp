@@ -1,10 +1,11 @@
 // Copies under way: which blocks each ticket moves, and what its end means for them.
 //
 // The only caller of Backend::submit and poll. A copy that fails is tried again a bounded number of
-// times; then its blocks go back to where they were and the first error is kept on their sequence.
+// times; then its blocks go back to where they were and the first error is kept on their branch.
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -13,10 +14,10 @@
 
 namespace pie {
 
-// Adjacent blocks of one layer of one sequence whose copy has ended well.
+// Adjacent blocks of one layer of one branch whose copy has ended well.
 struct Landed {
   Lane lane = Lane::pool_to_device;
-  Sequence* sequence = nullptr;
+  Branch* branch = nullptr;
   std::uint32_t layer = 0;
   std::uint32_t first_block = 0;
   std::uint32_t count = 0;
@@ -27,11 +28,11 @@ class Transfers {
   Transfers(Backend& backend, BlockMap& map);
 
   // Loads pooled blocks from `first_block` into `device`, one a frame, as one ticket.
-  void load(Sequence& sequence, std::uint32_t layer, std::uint32_t first_block, FrameRun device,
+  void load(Branch& branch, std::uint32_t layer, std::uint32_t first_block, FrameRun device,
             bool ring);
 
   // Writes dirty blocks from `first_block` to `pool_frames`, one a frame, as one ticket.
-  void write(Sequence& sequence, std::uint32_t layer, std::uint32_t first_block,
+  void write(Branch& branch, std::uint32_t layer, std::uint32_t first_block,
              const std::vector<FrameIndex>& pool_frames);
 
   // A device frame was read by everything given to the compute stream so far: what is next copied
@@ -50,13 +51,19 @@ class Transfers {
   [[nodiscard]] std::uint64_t written_frames() const { return written_frames_; }
   [[nodiscard]] std::uint64_t retries() const { return retries_; }
 
+  // Whether some branch has an error that was not taken yet.
+  [[nodiscard]] bool troubled() const { return troubled_ > 0; }
+  [[nodiscard]] std::string take_error(Branch& branch);
+
+  void resize_device(std::uint32_t frames) { readers_.resize(frames); }
+
   // Every block in flight is claimed by exactly one ticket and no frame by two. Throws LogicError.
   void check() const;
 
  private:
   struct Transfer {
     Lane lane = Lane::pool_to_device;
-    Sequence* sequence = nullptr;
+    Branch* branch = nullptr;
     std::uint32_t layer = 0;
     std::uint32_t first_block = 0;
     std::uint32_t count = 0;
@@ -76,6 +83,7 @@ class Transfers {
   std::uint64_t loaded_frames_ = 0;
   std::uint64_t written_frames_ = 0;
   std::uint64_t retries_ = 0;
+  std::uint32_t troubled_ = 0;  // branches with an error
 };
 
 }  // namespace pie

@@ -7,6 +7,7 @@
 #include <compare>
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace pie {
 
@@ -44,6 +45,19 @@ struct Geometry {
   std::uint32_t head_dim = 0;      // elements
   std::uint32_t block_tokens = 0;  // tokens in one frame, a multiple of `granule_tokens`
   DType dtype = DType::f32;
+
+  // By layer, 0: all; empty: all, in every layer. With a window of w tokens the row at position p
+  // sees tokens t with p - w < t <= p, and frames that no row can see any more are given back.
+  std::vector<std::uint32_t> windows = {};
+
+  [[nodiscard]] std::uint32_t window(std::uint32_t layer) const {
+    return windows.empty() ? 0 : windows[layer];
+  }
+
+  // The first token that the row at `position` sees in a layer with this window.
+  [[nodiscard]] static std::uint32_t first_seen(std::uint32_t position, std::uint32_t window) {
+    return window == 0 || position < window ? 0 : position - window + 1;
+  }
 
   // Payload of one frame, `[2, kv_heads, block_tokens, head_dim]` elements: all K, then all V.
   [[nodiscard]] Bytes frame_bytes() const {

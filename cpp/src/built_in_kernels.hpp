@@ -1,4 +1,5 @@
-// The readers that come with the cache: attention in place, and a contiguous copy of K and V.
+// The readers that come with the cache: attention in place, a contiguous copy of K and V, and a
+// table of frames.
 #pragma once
 
 #include <cstddef>
@@ -52,6 +53,29 @@ class GatherKernel final : public LayerKernel {
   LayerInputs inputs_;
   Gathered gathered_;
   Bytes row_bytes_;
+};
+
+// Where a table of frames is written to: `[batch, columns]`, by block.
+struct PageTable {
+  const std::byte* arena = nullptr;
+  Bytes stride = 0;
+  std::int32_t* entries = nullptr;
+  std::size_t columns = 0;
+};
+
+// Notes which device frame each block lies in.
+class PagesKernel final : public LayerKernel {
+ public:
+  PagesKernel(const AttentionShape& shape, const LayerInputs& inputs, const PageTable& table)
+      : shape_(shape), inputs_(inputs), table_(table) {}
+
+  void store(std::byte* frame, std::uint32_t token, std::uint32_t rows, std::uint32_t row) override;
+  void attend(std::uint32_t layer, std::span<const KvPiece> pieces) override;
+
+ private:
+  AttentionShape shape_;
+  LayerInputs inputs_;
+  PageTable table_;
 };
 
 }  // namespace pie

@@ -1,5 +1,5 @@
-// Attention in place and gathering, as kernels over pieces of KV.
-#include "attend_gather.hpp"
+// Attention in place, gathering and tables of frames, as kernels over pieces of KV.
+#include "built_in_kernels.hpp"
 
 #include <algorithm>
 #include <cstring>
@@ -113,6 +113,26 @@ void GatherKernel::zero(const KvPiece& piece, std::uint32_t begin, std::uint32_t
   for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
     std::memset(place(gathered_.k, piece, head, begin), 0, (end - begin) * row_bytes_);
     std::memset(place(gathered_.v, piece, head, begin), 0, (end - begin) * row_bytes_);
+  }
+}
+
+// ---- a table of frames --------------------------------------------------------------------------
+
+void PagesKernel::store(std::byte* frame, std::uint32_t token, std::uint32_t rows,
+                        std::uint32_t row) {
+  append(shape_, inputs_, frame, token, rows, row);
+}
+
+void PagesKernel::attend(std::uint32_t /*layer*/, std::span<const KvPiece> pieces) {
+  for (const KvPiece& piece : pieces) {
+    const std::uint32_t first = piece.kv_begin / shape_.block_tokens;
+    const std::uint32_t blocks =
+        (piece.kv_end - piece.kv_begin + shape_.block_tokens - 1) / shape_.block_tokens;
+    std::int32_t* entries = table_.entries + piece.entry * table_.columns + first;
+    for (std::uint32_t i = 0; i < blocks; ++i) {
+      const auto offset = static_cast<Bytes>(piece.frames[i] - table_.arena);
+      entries[i] = static_cast<std::int32_t>(offset / table_.stride);
+    }
   }
 }
 
