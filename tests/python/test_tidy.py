@@ -22,8 +22,8 @@ LAYERS = [
     {"frame_pool"},
     {"block_map"},
     {"policy", "transfers"},
-    {"scheduler", "scheduler_room", "layer_kernel"},
-    {"built_in_kernels"},
+    {"scheduler", "layer_kernel"},
+    {"scheduler_room", "built_in_kernels"},
     {"cache"},
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
