@@ -103,6 +103,7 @@ FrameRun FramePool::acquire_run(std::uint32_t want, FrameIndex floor) {
 }
 
 void FramePool::release(FrameIndex frame) {
+  if (retired_.erase(frame) > 0) return;
   require(frame < limit_ && !is_free(frame), "FramePool::release: the frame is not in use.");
   mark(frame, true);
 }
@@ -117,15 +118,31 @@ void FramePool::set_limit(std::uint32_t limit) {
     require(is_free(frame), "FramePool::set_limit: a frame to give up is in use.");
   }
   for (FrameIndex frame = limit; frame < limit_; ++frame) mark(frame, false);
-  for (FrameIndex frame = limit_; frame < limit; ++frame) mark(frame, true);
+  for (FrameIndex frame = limit_; frame < limit; ++frame) {
+    if (retired_.erase(frame) == 0) mark(frame, true);
+  }
   limit_ = limit;
   run_end_ = limit;
   lowest_word_ = 0;
 }
 
+void FramePool::retire(std::uint32_t limit) {
+  for (FrameIndex frame = limit; frame < limit_; ++frame) {
+    if (is_free(frame)) {
+      mark(frame, false);
+    } else {
+      retired_.insert(frame);
+    }
+  }
+  limit_ = std::min(limit_, limit);
+  run_end_ = limit_;
+  lowest_word_ = 0;
+}
+
 void FramePool::resize(std::uint32_t capacity, std::uint32_t limit) {
   set_limit(std::min(limit, capacity_));
-  require(limit_ <= capacity, "FramePool::resize: a frame to give up is in use.");
+  require(limit_ <= capacity && retired_.empty(),
+          "FramePool::resize: a frame to give up is in use.");
   capacity_ = capacity;
   bits_.resize((capacity + word_bits - 1) / word_bits);
   set_limit(limit);

@@ -22,6 +22,7 @@ Scheduler::Scheduler(Backend& backend, const Geometry& geometry, std::unique_ptr
   const Bytes best = std::max(capabilities_.copy_bytes_best, capabilities_.frame_stride);
   copy_frames_ = static_cast<std::uint32_t>(
       std::max<Bytes>(1, best / std::max<Bytes>(1, capabilities_.frame_stride)));
+  pool_frames_ = capabilities_.pool_frames;
   for (std::uint32_t layer = 0; layer < geometry.layers; ++layer) {
     const auto same = [&](const LayerClass& c) { return c.window == geometry.window(layer); };
     auto found = std::ranges::find_if(classes_, same);
@@ -48,8 +49,7 @@ void Scheduler::begin(std::span<const Growth> batch, const StepShape& shape) {
   const std::uint32_t set_aside = shape.staging_frames + (cuts_into_blocks(shape) ? 1 : 0);
   const std::uint32_t capacity = map_.device().capacity();
   std::vector<BranchView> views;
-  const Snapshot now =
-      snapshot(capacity - std::min(capacity, set_aside), map_.pool().capacity(), views);
+  const Snapshot now = snapshot(capacity - std::min(capacity, set_aside), pool_frames_, views);
   Plan plan = policy_->plan(now);
   admit(now, plan, set_aside);
 
@@ -273,8 +273,7 @@ bool Scheduler::move_below(FrameIndex frame, FrameIndex limit) {
 
 // Moves the block in `frame` below `limit`, or discards it where it has a copy.
 void Scheduler::vacate(FrameIndex frame, std::uint32_t limit) {
-  while (!map_.device().is_free(frame)) {
-    const BlockKey key = map_.owner(frame);
+  for (BlockKey key = map_.owner(frame); key.branch != nullptr; key = map_.owner(frame)) {
     const Block& block = BlockMap::at(key);
     if (move_below(frame, limit)) continue;
     if (block.in_flight()) {

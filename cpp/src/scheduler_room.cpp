@@ -58,15 +58,19 @@ void Scheduler::write_or_wait() {
   }
 }
 
-// Discards the oldest block that the plan does not keep; with `spare_layer`, none of the layer that
-// runs.
+bool Scheduler::is_read_now(std::uint32_t layer, const Branch& branch) const {
+  return layer == layer_ && branch.active;
+}
+
+// Discards the oldest block that the plan does not keep; with `spare_layer`, none that is read in
+// the layer that runs.
 bool Scheduler::evict_surplus(bool spare_layer) {
   for (auto it = surplus_.begin(); it != surplus_.end();) {
     const BlockKey key = *it;
     const LayerBlocks& layer = key.branch->layers[key.layer];
     const bool valid = key.block < layer.blocks.size() && key.block < layer.streamed &&
                        BlockMap::at(key).state == BlockState::clean && !BlockMap::at(key).ring;
-    if (valid && spare_layer && key.layer == layer_) {
+    if (valid && spare_layer && is_read_now(key.layer, *key.branch)) {
       ++it;
       continue;
     }
@@ -85,7 +89,7 @@ bool Scheduler::evict_prefetched() {
     const LayerBlocks& layer = key.branch->layers[key.layer];
     const bool listed = key.block < layer.blocks.size() && BlockMap::at(key).ring;
     if (listed && BlockMap::at(key).state == BlockState::loading) return false;
-    if (listed && shape_.whole_layers && key.layer == layer_) return false;
+    if (listed && shape_.whole_layers && is_read_now(key.layer, *key.branch)) return false;
     loaded_.pop_back();
     if (!listed) continue;
     map_.evict(key);
@@ -97,9 +101,10 @@ bool Scheduler::evict_prefetched() {
 // Discards any clean block, of the layer whose turn is furthest away first.
 bool Scheduler::evict_any() {
   const std::uint32_t layers = geometry_.layers;
-  for (std::uint32_t back = 1; back <= layers - (shape_.whole_layers ? 1 : 0); ++back) {
+  for (std::uint32_t back = 1; back <= layers; ++back) {
     const std::uint32_t layer = (layer_ + layers - back % layers) % layers;
     for (auto& [id, branch] : map_.branches()) {
+      if (shape_.whole_layers && is_read_now(layer, branch)) continue;
       const std::vector<Block>& blocks = branch.layers[layer].blocks;
       for (std::uint32_t b = 0; b < blocks.size(); ++b) {
         if (blocks[b].state != BlockState::clean) continue;
@@ -115,6 +120,7 @@ bool Scheduler::evict_any() {
 bool Scheduler::write_any() {
   for (auto& [id, branch] : map_.branches()) {
     for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
+      if (shape_.whole_layers && is_read_now(layer, branch)) continue;
       branch.layers[layer].written = branch.layers[layer].gone;
       write_full(branch, layer, branch.full, true);
       if (transfers_.any()) return true;
@@ -165,10 +171,10 @@ FrameIndex Scheduler::take_pool_frame(LayerBlocks& layer, std::uint32_t needed, 
 // Has at least `frames` usable frames in the pool, growing it in large pieces.
 bool Scheduler::grow_pool(std::uint32_t frames) {
   FramePool& pool = map_.pool();
-  if (frames > pool.capacity()) return false;
+  if (frames > pool_frames_) return false;
   const std::uint64_t step = pool_growth_bytes / capabilities_.frame_stride;
   const std::uint64_t want = std::max<std::uint64_t>(frames, pool.limit() + step);
-  const auto target = static_cast<std::uint32_t>(std::min<std::uint64_t>(want, pool.capacity()));
+  const auto target = static_cast<std::uint32_t>(std::min<std::uint64_t>(want, pool_frames_));
   std::uint32_t usable = backend_.resize_pool(target);
   if (usable < frames) usable = backend_.resize_pool(frames);  // the last of the disk
   if (usable > pool.limit()) pool.set_limit(usable);
@@ -206,6 +212,7 @@ void Scheduler::free(Sequence& sequence) {
   const std::vector<std::uint64_t> path = ids_of(sequence.path);
   while (!sequence.path.empty()) leave(sequence);
   map_.remove(sequence);
+  drop_unseen();
   for (const std::uint64_t branch : path) join_up(branch);
 }
 
@@ -225,6 +232,7 @@ void Scheduler::truncate(Sequence& sequence, std::uint32_t tokens) {
     }
   }
   sequence.tokens = tokens;
+  drop_unseen();
   for (const std::uint64_t branch : path) join_up(branch);
 }
 
@@ -365,12 +373,14 @@ void Scheduler::resize(std::uint32_t device_frames, std::uint32_t pool_frames) {
                         " that the device cannot. Give more of either, or free a sequence.");
   }
   grow_device(device_frames);
-  FramePool& pool = map_.pool();
-  if (pool_frames > pool.capacity()) pool.resize(pool_frames, pool.limit());
+  if (pool_frames > pool_frames_) {
+    map_.pool().resize(pool_frames, map_.pool().limit());
+    pool_frames_ = pool_frames;
+  }
   plan_ = std::move(plan);
   apply(plan_);
   if (device_frames < map_.device().capacity()) shrink_device(device_frames);
-  if (pool_frames < pool.capacity()) shrink_pool(pool_frames);
+  if (pool_frames < pool_frames_) shrink_pool(pool_frames);
 }
 
 void Scheduler::grow_device(std::uint32_t frames) {
@@ -387,44 +397,72 @@ void Scheduler::grow_device(std::uint32_t frames) {
 }
 
 void Scheduler::shrink_device(std::uint32_t frames) {
-  for (FrameIndex frame = frames; frame < map_.device().capacity(); ++frame) vacate(frame, frames);
+  FramePool& device = map_.device();
+  device.retire(frames);
+  try {
+    for (FrameIndex frame = frames; frame < device.capacity(); ++frame) vacate(frame, frames);
+  } catch (...) {
+    device.set_limit(device.capacity());
+    throw;
+  }
   map_.resize_device(frames);
   transfers_.resize_device(frames);
   static_cast<void>(backend_.resize_device(frames));
 }
 
-// What the plan keeps on the device gives up its pool frames first; what it streams then moves into
-// the frames that stay.
+template <typename Visitor>
+void Scheduler::for_each_block(const Visitor& visitor) {
+  for (auto& [id, branch] : map_.branches()) {
+    for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
+      for (std::uint32_t b = 0; b < branch.blocks(); ++b) visitor(BlockKey{&branch, layer, b});
+    }
+  }
+}
+
 void Scheduler::shrink_pool(std::uint32_t frames) {
   drain();
   map_.release_extents();
-  for (auto& [id, branch] : map_.branches()) {
-    for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
-      const LayerBlocks& blocks = branch.layers[layer];
-      for (std::uint32_t b = blocks.streamed; b < blocks.blocks.size(); ++b) {
-        if (blocks.blocks[b].state == BlockState::pooled) load_now({&branch, layer, b});
-      }
-    }
-  }
-  static_cast<void>(reclaim_pool());
-  for (auto& [id, branch] : map_.branches()) {
-    for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
-      for (std::uint32_t b = 0; b < branch.blocks(); ++b) {
-        const FrameIndex frame = branch.layers[layer].blocks[b].pool;
-        if (frame != no_frame && frame >= frames) move_down({&branch, layer, b});
-      }
-    }
-  }
   FramePool& pool = map_.pool();
-  pool.resize(frames, std::min(frames, pool.limit()));
+  const std::uint32_t limit = pool.limit();
+  const std::uint32_t before = std::exchange(pool_frames_, frames);
+  pool.retire(std::min(frames, limit));
+  try {
+    empty_retired_pool(frames);
+  } catch (...) {
+    pool.set_limit(limit);
+    pool_frames_ = before;
+    throw;
+  }
+  pool.resize(frames, std::min(frames, limit));
   static_cast<void>(backend_.resize_pool(pool.limit()));
 }
 
-// Gives a block's pool copy the lowest free pool frame.
+// What the plan keeps on the device gives up its pool frames first; what it streams then moves from
+// frames at or above `frames` into those that stay.
+void Scheduler::empty_retired_pool(std::uint32_t frames) {
+  for_each_block([&](const BlockKey& key) {
+    const bool streamed = key.block < key.branch->layers[key.layer].streamed;
+    if (!streamed && BlockMap::at(key).state == BlockState::pooled) load_now(key);
+  });
+  drain();
+  static_cast<void>(reclaim_pool());
+  for_each_block([&](const BlockKey& key) {
+    const FrameIndex frame = BlockMap::at(key).pool;
+    if (frame != no_frame && frame >= frames) move_down(key);
+  });
+}
+
+// Gives a block's pool copy another pool frame.
 void Scheduler::move_down(const BlockKey& key) {
   load_now(key);
   map_.soil(key);
-  transfers_.write(*key.branch, key.layer, key.block, {map_.pool().acquire()});
+  key.branch->layers[key.layer].written =
+      std::min(key.branch->layers[key.layer].written, key.block);
+  const FrameIndex frame = take_pool_frame(key.branch->layers[key.layer], 1, true);
+  if (frame == no_frame) {
+    throw CapacityError("resize: the pool cannot shrink so far while so much is held.");
+  }
+  transfers_.write(*key.branch, key.layer, key.block, {frame});
   settle(*key.branch);
   if (BlockMap::at(key).state != BlockState::clean) raise_error(*key.branch);
   map_.evict(key);

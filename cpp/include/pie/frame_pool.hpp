@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <unordered_set>
 #include <vector>
 
 #include "pie/types.hpp"
@@ -33,6 +34,10 @@ class FramePool {
   // frames given up are free.
   void set_limit(std::uint32_t limit);
 
+  // Lowers the limit where frames above it may be in use: none of them is handed out any more, and
+  // they stay in use until they are released. `set_limit` takes that back.
+  void retire(std::uint32_t limit);
+
   // Moves the capacity and, to it, the limit. Throws LogicError unless all frames given up are
   // free.
   void resize(std::uint32_t capacity, std::uint32_t limit);
@@ -42,7 +47,9 @@ class FramePool {
   [[nodiscard]] std::uint32_t limit() const { return limit_; }
   [[nodiscard]] std::uint32_t reserved() const { return capacity_ - limit_; }
   [[nodiscard]] std::uint32_t free() const { return free_; }
-  [[nodiscard]] std::uint32_t used() const { return limit_ - free_; }
+  [[nodiscard]] std::uint32_t used() const {
+    return limit_ - free_ + static_cast<std::uint32_t>(retired_.size());
+  }
 
   // free + used + reserved == capacity, counted in the bitmap. Throws LogicError.
   void check() const;
@@ -55,9 +62,10 @@ class FramePool {
   std::uint32_t capacity_;
   std::uint32_t limit_ = 0;
   std::uint32_t free_ = 0;
-  std::uint32_t lowest_word_ = 0;    // no free frame lies in a word below this one
-  FrameIndex run_end_ = 0;           // where the search for the next run starts, downwards
-  std::vector<std::uint64_t> bits_;  // 1: free
+  std::uint32_t lowest_word_ = 0;           // no free frame lies in a word below this one
+  FrameIndex run_end_ = 0;                  // where the search for the next run starts, downwards
+  std::vector<std::uint64_t> bits_;         // 1: free
+  std::unordered_set<FrameIndex> retired_;  // at or above the limit, and still in use
 };
 
 }  // namespace pie

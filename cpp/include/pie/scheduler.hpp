@@ -201,6 +201,7 @@ class Scheduler {
   [[nodiscard]] FrameIndex take_frame();
   void make_room();
   void write_or_wait();
+  [[nodiscard]] bool is_read_now(std::uint32_t layer, const Branch& branch) const;
   [[nodiscard]] bool evict_surplus(bool spare_layer);
   [[nodiscard]] bool evict_prefetched();
   [[nodiscard]] bool evict_any();
@@ -214,6 +215,9 @@ class Scheduler {
   void grow_device(std::uint32_t frames);
   void shrink_device(std::uint32_t frames);
   void shrink_pool(std::uint32_t frames);
+  void empty_retired_pool(std::uint32_t frames);
+  template <typename Visitor>
+  void for_each_block(const Visitor& visitor);
   void move_down(const BlockKey& key);
 
   void drop_unseen();
@@ -254,6 +258,7 @@ class Scheduler {
   std::uint32_t layer_ = 0;        // that runs
   std::uint32_t wave_ = 0;         // that runs in it
   std::uint32_t copy_frames_ = 1;  // the most frames one ticket moves
+  std::uint32_t pool_frames_ = 0;  // the most that the pool may come to hold
   std::deque<BlockKey>
       surplus_;  // clean, not ring, streamed by the plan: oldest first; may be stale
   std::deque<BlockKey> loaded_;  // ring blocks in the order they were asked for; may be stale
