@@ -564,7 +564,8 @@ void Scheduler::pump() {
 // keep the ring in crumbs for ever. With nothing under way, any run will do.
 FrameRun Scheduler::take_run(std::uint32_t want, bool ring) {
   const std::uint32_t used = map_.ring_frames();
-  const std::uint32_t room = plan_.ring_frames - std::min(plan_.ring_frames, used);
+  const bool due = shape_.whole_layers && cursor_.layer == layer_;  // nothing else can make room
+  const std::uint32_t room = due ? want : plan_.ring_frames - std::min(plan_.ring_frames, used);
   const std::uint32_t fits = ring ? std::min(want, room) : want;
   if (fits < want && transfers_.loading() && want <= plan_.ring_frames / 2) return {};
   FrameRun frames = map_.device().acquire_run(fits, ring ? ring_begin() : 0);

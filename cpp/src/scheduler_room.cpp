@@ -82,15 +82,16 @@ bool Scheduler::evict_surplus(bool spare_layer) {
   return false;
 }
 
-// Discards the prefetched block that is needed last.
+// Discards the prefetched block that is needed last. Where whole layers stay, those of the one that
+// runs do not count.
 bool Scheduler::evict_prefetched() {
-  while (!loaded_.empty()) {
-    const BlockKey key = loaded_.back();
+  for (std::size_t i = loaded_.size(); i-- > 0;) {
+    const BlockKey key = loaded_[i];
     const LayerBlocks& layer = key.branch->layers[key.layer];
     const bool listed = key.block < layer.blocks.size() && BlockMap::at(key).ring;
+    if (listed && shape_.whole_layers && is_read_now(key.layer, *key.branch)) continue;
     if (listed && BlockMap::at(key).state == BlockState::loading) return false;
-    if (listed && shape_.whole_layers && is_read_now(key.layer, *key.branch)) return false;
-    loaded_.pop_back();
+    loaded_.erase(loaded_.begin() + static_cast<std::ptrdiff_t>(i));
     if (!listed) continue;
     map_.evict(key);
     return true;
