@@ -10,3 +10,4 @@ endfunction()
 
 pie_bench(attention)
 pie_bench(pool_read)
+pie_bench(planning)

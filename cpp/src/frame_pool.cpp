@@ -103,7 +103,7 @@ FrameRun FramePool::acquire_run(std::uint32_t want, FrameIndex floor) {
 }
 
 void FramePool::release(FrameIndex frame) {
-  if (retired_.erase(frame) > 0) return;
+  if (!retired_.empty() && retired_.erase(frame) > 0) return;
   require(frame < limit_ && !is_free(frame), "FramePool::release: the frame is not in use.");
   mark(frame, true);
 }
