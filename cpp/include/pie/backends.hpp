@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -33,5 +34,87 @@ struct HostOptions {
 
 // Bytes of stride that `open_host` would give frames under these options.
 [[nodiscard]] Bytes host_frame_stride(const HostOptions& options);
+
+// One direction between the tiers of a simulated machine. A copy (a run of adjacent frames) first
+// takes the latency, alone, then `overhead_ns` and its bytes' time, in which it has the link for
+// itself; so `copies_at_once` is how many latencies may overlap. With jitter copies overtake each
+// other.
+struct SimLink {
+  double bytes_per_s = 25e9;
+  Nanos latency_ns = 10'000;
+  Nanos jitter_ns = 0;  // up to this much is added to a latency, evenly distributed
+  Nanos overhead_ns = 1'000;
+  std::uint32_t copies_at_once = 16;
+};
+
+// The fault model: these are injected, each with its probability, and no others. Never injected: a
+// ticket that does not end or ends twice, a copy of frames that were not named, a frame at rest
+// that changes, a clock that goes back.
+struct SimFaults {
+  double slow = 0;  // of a copy: latency, overhead and bytes take `slow_factor` times as long
+  double slow_factor = 20;
+  double failed = 0;   // of a ticket: it ends failed (EIO), any part of its targets is garbage
+  double corrupt = 0;  // of a load: it ends corrupt, its targets are garbage; again it may do
+  double rotten = 0;   // of a write: it ends ok, and each load of its frames ends corrupt
+  double refused = 0;  // of a call that grows a tier: it gives no frame more
+  double lying = 0;    // of a lane, drawn once: its first `lying_bytes` go `lying_factor` times
+  double lying_factor = 4;  // as fast as the link's rate, so what is measured there is a promise
+  Bytes lying_bytes = Bytes{64} << 20;  // that is not held
+  double silent = 0;  // of a ticket: garbage in its targets, and it ends ok. Nothing above the
+                      // seam survives that: it is there to show that a test would notice
+  std::uint64_t failed_ticket = 0;   // this one of both lanes' fails, counted from 1; 0: none does
+  std::uint64_t refused_growth = 0;  // the same for calls that grow a tier
+};
+
+// A machine that is not there: a virtual clock, modelled links and compute, faults by seed. For
+// deterministic tests, and for planning a machine before it is bought.
+struct SimOptions {
+  std::uint32_t device_frames = 0;
+  std::uint32_t device_frames_max = 0;  // resize_device gives no more; 0: device_frames
+  std::uint32_t pool_frames = 0;
+  std::uint32_t pool_frames_max = 0;  // resize_pool gives no more; 0: pool_frames
+  Bytes frame_bytes = 0;
+  Bytes copy_bytes_best = 0;  // in Capabilities; 0: what a load's link moves in eight overheads
+  SimLink load;
+  SimLink write;
+  SimFaults faults;
+  std::uint64_t seed = 1;
+  bool streams = false;  // compute runs beside the caller; false: the caller computes
+  // Whether frames hold anything. With bytes the simulation is adversarial: a copy reads and writes
+  // when it starts or when it ends, as the seed says, its targets are garbage from its start until
+  // then, and so is every frame that was never written or was given back. Without, `address` names
+  // memory that must not be touched, and a machine of any size costs a few bytes a frame.
+  bool carry_bytes = true;
+};
+
+// Of one lane.
+struct SimCounts {
+  std::uint64_t tickets = 0;
+  std::uint64_t copies = 0;
+  std::uint64_t frames = 0;
+};
+
+// Time passes in `wait`, in `synchronize`, and where the caller computes in `compute` and `launch`.
+// It throws LogicError for two copies that use a frame at once and are not ordered by `after`,
+// unless both only read it.
+class SimBackend : public Backend {
+ public:
+  // Work with an effect: `body` runs when it is done. It must not call the backend.
+  virtual void launch(ComputeStream stream, Work work, std::function<void()> body) = 0;
+
+  // Returns when the stream has done all it was given.
+  virtual void synchronize(ComputeStream stream) = 0;
+
+  // From now on every ticket that is submitted fails, or none does but by probability.
+  virtual void set_broken(bool broken) = 0;
+
+  // From now on the device is lost: health() says so and every ticket fails.
+  virtual void lose() = 0;
+
+  [[nodiscard]] virtual SimCounts counts(Lane lane) const = 0;
+};
+
+// Throws ConfigError for a machine that cannot be.
+[[nodiscard]] std::unique_ptr<SimBackend> open_sim(const SimOptions& options);
 
 }  // namespace pie

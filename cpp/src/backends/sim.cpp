@@ -1,0 +1,570 @@
+// The simulated backend: what happens next is the earliest of a list of events, chance is a seed.
+//
+// A ticket is held until what it waits for has passed; then its copies queue for their lane. Each
+// copy starts when one of the lane's `copies_at_once` is free, arrives at the link when its latency
+// is over, and ends when the link has moved its bytes. Streams are queues of work, of tickets to
+// wait for and of fences. After every event everything that it has set free goes on, so between two
+// events nothing is left that could.
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cmath>
+#include <deque>
+#include <functional>
+#include <limits>
+#include <map>
+#include <queue>
+#include <random>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "pie/backends.hpp"
+#include "pie/error.hpp"
+#include "sim_frames.hpp"
+
+namespace pie {
+
+namespace {
+
+// One submitted batch of copies, from `submit` until its last copy has ended.
+struct Batch {
+  std::vector<Copy> copies;
+  std::vector<Dep> after;  // that had not passed when last looked at
+  std::uint32_t left = 0;  // copies that have not ended
+  bool begun = false;
+  bool silent = false;
+  Completion completion;
+};
+
+// A copy that is under way, or queues for its lane.
+struct Flight {
+  Ticket ticket;
+  Copy copy;
+  bool moved = false;  // its bytes have been taken and put already
+};
+
+struct LaneState {
+  SimLink link;
+  std::uint64_t issued = 0;             // id of the newest ticket
+  std::map<std::uint64_t, Batch> live;  // by ticket id
+  std::map<std::uint64_t, Completion> failed;
+  std::deque<Flight> queue;
+  std::uint32_t flying = 0;   // copies that have started and not ended
+  Nanos busy_until = 0;       // of the link
+  Bytes flattering_left = 0;  // bytes that will go faster than the link's rate
+  SimCounts counts;
+};
+
+// What a stream has been given and has not done: a piece of work, a ticket to wait for, or a fence
+// to let pass.
+struct Task {
+  Nanos duration_ns = 0;
+  std::function<void()> body;
+  Ticket ticket;
+  Fence fence;
+};
+
+struct StreamState {
+  std::deque<Task> tasks;
+  bool working = false;  // on the first
+};
+
+struct Event {
+  enum class Kind : std::uint8_t { arrival, end, work };
+  Nanos at = 0;
+  std::uint64_t order = 0;  // of two at once, the one that was set first comes first
+  Kind kind = Kind::end;
+  std::uintptr_t stream = 0;
+  Flight flight;
+
+  bool operator>(const Event& other) const {
+    return at != other.at ? at > other.at : order > other.order;
+  }
+};
+
+class Sim final : public SimBackend {
+ public:
+  explicit Sim(const SimOptions& options);
+
+  [[nodiscard]] Capabilities capabilities() const override;
+  [[nodiscard]] Nanos now() const override { return now_; }
+
+  std::uint32_t resize_device(std::uint32_t frames) override;
+  std::uint32_t resize_pool(std::uint32_t frames) override;
+  [[nodiscard]] std::string pool_refusal() const override { return refusal_; }
+
+  Ticket submit(Lane lane, std::span<const Copy> copies, std::span<const Dep> after) override;
+  std::size_t poll(std::span<Completion> out) override;
+  void wait(Nanos timeout_ns) override;
+
+  Fence record(ComputeStream stream) override;
+  void depend(ComputeStream stream, Ticket ticket) override;
+  void compute(ComputeStream stream, Work work) override { launch(stream, work, nullptr); }
+  void launch(ComputeStream stream, Work work, std::function<void()> body) override;
+  void synchronize(ComputeStream stream) override;
+
+  [[nodiscard]] std::byte* address(FrameIndex device_frame) const override {
+    require(device_frame < device_usable_, "address: no such device frame");
+    return frames_.device(device_frame);
+  }
+
+  [[nodiscard]] Health health() const override {
+    return lost_ ? Health{false, "the simulated device was lost"} : Health{};
+  }
+
+  void set_broken(bool broken) override { broken_ = broken; }
+  void lose() override { lost_ = true; }
+  [[nodiscard]] SimCounts counts(Lane lane) const override { return state(lane).counts; }
+
+ private:
+  LaneState& state(Lane lane) { return lanes_[static_cast<std::size_t>(lane)]; }
+  [[nodiscard]] const LaneState& state(Lane lane) const {
+    return lanes_[static_cast<std::size_t>(lane)];
+  }
+  [[nodiscard]] bool was_issued(Ticket ticket) const {
+    return ticket.id <= state(ticket.lane).issued;
+  }
+  [[nodiscard]] bool is_live(Ticket ticket) const {
+    return state(ticket.lane).live.contains(ticket.id);
+  }
+  [[nodiscard]] bool idle() const {
+    return std::ranges::all_of(lanes_, [](const LaneState& lane) { return lane.live.empty(); });
+  }
+
+  double draw();  // [0, 1)
+  bool chance(double probability) { return probability > 0 && draw() < probability; }
+  void schedule(Event event);
+
+  void require_range(const Copy& copy) const;
+  [[nodiscard]] bool reaches(Tier tier, FrameIndex from) const;
+  [[nodiscard]] bool refuses_growth();
+  void draw_fate(Lane lane, Batch& batch);
+
+  bool is_held(Batch& batch) const;
+  void begin(Ticket ticket, Batch& batch);
+  void start_copies(Lane lane);
+  void arrive(Flight flight);
+  void land(const Flight& flight);
+  void end(Ticket ticket, const Batch& batch);
+  bool run(std::uintptr_t handle, StreamState& stream);
+  void settle();
+  void happen();
+  void advance(Nanos until);
+
+  const SimOptions options_;
+  std::mt19937_64 random_;
+  SimFrames frames_;
+  std::uint32_t device_usable_;
+  std::uint32_t pool_usable_ = 0;
+  std::string refusal_;
+  std::array<LaneState, 2> lanes_;
+  std::vector<Ticket> held_;  // in order of submission
+  std::deque<Completion> completions_;
+  std::map<std::uintptr_t, StreamState> streams_;
+  std::uint64_t fences_issued_ = 0;
+  std::set<std::uint64_t> fences_ahead_;  // that have not passed
+  std::priority_queue<Event, std::vector<Event>, std::greater<>> events_;
+  std::uint64_t events_set_ = 0;
+  std::uint64_t growths_ = 0;
+  std::uint64_t submitted_ = 0;
+  Nanos now_ = 0;
+  bool broken_ = false;
+  bool lost_ = false;
+};
+
+std::uint32_t most(std::uint32_t frames, std::uint32_t frames_max) {
+  return frames_max == 0 ? frames : frames_max;
+}
+
+Sim::Sim(const SimOptions& options)
+    : options_(options),
+      random_(options.seed),
+      frames_(
+          std::max(options.device_frames, most(options.device_frames, options.device_frames_max)),
+          most(options.pool_frames, options.pool_frames_max), options.frame_bytes,
+          options.carry_bytes),
+      device_usable_(options.device_frames) {
+  state(Lane::pool_to_device).link = options.load;
+  state(Lane::device_to_pool).link = options.write;
+  for (LaneState& lane : lanes_) {
+    if (chance(options.faults.lying)) lane.flattering_left = options.faults.lying_bytes;
+  }
+}
+
+Capabilities Sim::capabilities() const {
+  const double eight_overheads =
+      8e-9 * static_cast<double>(options_.load.overhead_ns) * options_.load.bytes_per_s;
+  Capabilities result;
+  result.device_frames = options_.device_frames;
+  result.device_frames_max = most(options_.device_frames, options_.device_frames_max);
+  result.pool_frames = options_.pool_frames;
+  result.frame_stride = options_.frame_bytes;
+  result.copy_bytes_best =
+      options_.copy_bytes_best > 0
+          ? options_.copy_bytes_best
+          : std::max(options_.frame_bytes, static_cast<Bytes>(eight_overheads));
+  result.streams = options_.streams;
+  result.pool_io = "sim";
+  return result;
+}
+
+// ---- chance -------------------------------------------------------------------------------------
+
+double Sim::draw() { return static_cast<double>(random_() >> 11U) * 0x1p-53; }
+
+// What will become of a ticket is known when it is submitted.
+void Sim::draw_fate(Lane lane, Batch& batch) {
+  const SimFaults& faults = options_.faults;
+  ++submitted_;
+  const bool fails = broken_ || lost_ || submitted_ == faults.failed_ticket;
+  if (fails || chance(faults.failed)) {
+    batch.completion.status = Status::failed;
+  } else if (lane == Lane::pool_to_device && chance(faults.corrupt)) {
+    batch.completion.status = Status::corrupt;
+  }
+  if (batch.completion.status != Status::ok) batch.completion.error = EIO;
+  batch.silent = chance(faults.silent);
+}
+
+bool Sim::refuses_growth() {
+  return ++growths_ == options_.faults.refused_growth || chance(options_.faults.refused);
+}
+
+// ---- both tiers ---------------------------------------------------------------------------------
+
+std::uint32_t Sim::resize_device(std::uint32_t frames) {
+  if (frames > device_usable_ && refuses_growth()) return device_usable_;
+  const std::uint32_t usable =
+      std::min(frames, most(options_.device_frames, options_.device_frames_max));
+  if (usable < device_usable_) {
+    // As where memory is unmapped: not before what was given to the streams is done with it.
+    for (auto& [handle, stream] : streams_) synchronize({handle});
+    require(!reaches(Tier::device, usable), "resize_device: a copy uses a frame that would go.");
+    frames_.spoil(Tier::device, usable, device_usable_ - usable);
+  }
+  device_usable_ = usable;
+  return usable;
+}
+
+std::uint32_t Sim::resize_pool(std::uint32_t frames) {
+  refusal_.clear();
+  const std::uint32_t limit = most(options_.pool_frames, options_.pool_frames_max);
+  if (frames > pool_usable_ && refuses_growth()) {
+    refusal_ = "the simulated pool gives no more this time";
+    return pool_usable_;
+  }
+  const std::uint32_t usable = std::min(frames, limit);
+  if (usable < frames) {
+    refusal_ = "the simulated pool has " + std::to_string(limit) + " frames in all";
+  }
+  if (usable < pool_usable_) {
+    require(!reaches(Tier::pool, usable), "resize_pool: a copy uses a frame that would go.");
+    frames_.spoil(Tier::pool, usable, pool_usable_ - usable);
+  }
+  pool_usable_ = usable;
+  return usable;
+}
+
+// Whether a copy that has not ended uses a frame of the tier from this one on.
+bool Sim::reaches(Tier tier, FrameIndex from) const {
+  return std::ranges::any_of(lanes_, [&](const LaneState& lane) {
+    return std::ranges::any_of(lane.live, [&](const auto& entry) {
+      return std::ranges::any_of(entry.second.copies, [&](const Copy& copy) {
+        return (tier == Tier::device ? copy.device_first : copy.pool_first) + copy.count > from;
+      });
+    });
+  });
+}
+
+void Sim::require_range(const Copy& copy) const {
+  require(copy.device_first < device_usable_ && copy.count <= device_usable_ - copy.device_first,
+          "submit: a copy reaches beyond the device frames there are");
+  require(copy.pool_first < pool_usable_ && copy.count <= pool_usable_ - copy.pool_first,
+          "submit: a copy reaches beyond the pool frames that resize_pool has made usable");
+}
+
+// ---- tickets ------------------------------------------------------------------------------------
+
+Ticket Sim::submit(Lane lane, std::span<const Copy> copies, std::span<const Dep> after) {
+  Batch batch;
+  for (const Copy& copy : copies) {
+    require_range(copy);
+    if (copy.count > 0) batch.copies.push_back(copy);
+  }
+  for (const Dep& dep : after) {
+    require(dep.fence.id <= fences_issued_, "submit: waits for a fence that was never recorded");
+    require(was_issued(dep.ticket), "submit: waits for a ticket that was never submitted");
+    batch.after.push_back(dep);
+  }
+  draw_fate(lane, batch);
+  LaneState& to = state(lane);
+  const Ticket ticket{lane, ++to.issued};
+  batch.completion.ticket = ticket;
+  batch.left = static_cast<std::uint32_t>(batch.copies.size());
+  ++to.counts.tickets;
+  to.live.emplace(ticket.id, std::move(batch));
+  held_.push_back(ticket);
+  settle();
+  return ticket;
+}
+
+std::size_t Sim::poll(std::span<Completion> out) {
+  const std::size_t count = std::min(out.size(), completions_.size());
+  const auto end = completions_.begin() + static_cast<std::ptrdiff_t>(count);
+  std::copy(completions_.begin(), end, out.begin());
+  completions_.erase(completions_.begin(), end);
+  return count;
+}
+
+void Sim::wait(Nanos timeout_ns) {
+  const Nanos forever = std::numeric_limits<Nanos>::max();
+  const Nanos until = timeout_ns > forever - now_ ? forever : now_ + std::max<Nanos>(0, timeout_ns);
+  while (completions_.empty() && !idle()) {
+    require(!events_.empty(), "wait: what is in flight can never end.");
+    if (events_.top().at > until) {
+      now_ = until;
+      return;
+    }
+    happen();
+  }
+}
+
+// Whether the batch must still wait. Once something it waits for has failed it fails the same way.
+bool Sim::is_held(Batch& batch) const {
+  std::erase_if(batch.after, [&](const Dep& dep) {
+    if (fences_ahead_.contains(dep.fence.id) || is_live(dep.ticket)) return false;
+    const auto& failed = state(dep.ticket.lane).failed;
+    const auto found = failed.find(dep.ticket.id);
+    if (found != failed.end() && batch.completion.status == Status::ok) {
+      batch.completion.status = found->second.status;
+      batch.completion.error = found->second.error;
+    }
+    return true;
+  });
+  return !batch.after.empty();
+}
+
+// Its copies queue for their lane; a batch without any has ended.
+void Sim::begin(Ticket ticket, Batch& batch) {
+  batch.completion.began = now_;
+  for (const Copy& copy : batch.copies) frames_.claim(ticket.lane, copy);
+  if (batch.copies.empty()) {
+    end(ticket, batch);
+    return;
+  }
+  for (const Copy& copy : batch.copies) state(ticket.lane).queue.push_back({ticket, copy, false});
+  start_copies(ticket.lane);
+}
+
+void Sim::start_copies(Lane lane) {
+  LaneState& from = state(lane);
+  while (from.flying < from.link.copies_at_once && !from.queue.empty()) {
+    Flight flight = from.queue.front();
+    from.queue.pop_front();
+    ++from.flying;
+    Batch& batch = from.live.at(flight.ticket.id);
+    if (!std::exchange(batch.begun, true)) batch.completion.began = now_;
+    if (options_.carry_bytes && draw() < 0.5) {
+      frames_.move(lane, flight.copy);
+      flight.moved = true;
+    } else {
+      const bool load = lane == Lane::pool_to_device;
+      frames_.spoil(load ? Tier::device : Tier::pool,
+                    load ? flight.copy.device_first : flight.copy.pool_first, flight.copy.count);
+    }
+    const double jitter = from.link.jitter_ns > 0 ? draw() : 0;
+    const double slow = chance(options_.faults.slow) ? options_.faults.slow_factor : 1;
+    const double latency = static_cast<double>(from.link.latency_ns) +
+                           jitter * static_cast<double>(from.link.jitter_ns);
+    schedule({now_ + std::llround(latency * slow), 0, Event::Kind::arrival, 0, flight});
+  }
+}
+
+// The copy has the link for itself as soon as those that arrived before it are through.
+void Sim::arrive(Flight flight) {
+  LaneState& lane = state(flight.ticket.lane);
+  const Bytes bytes = flight.copy.count * options_.frame_bytes;
+  double rate = lane.link.bytes_per_s;
+  if (lane.flattering_left > 0) rate *= options_.faults.lying_factor;
+  lane.flattering_left -= std::min(lane.flattering_left, bytes);
+  const double slow = chance(options_.faults.slow) ? options_.faults.slow_factor : 1;
+  const double own =
+      static_cast<double>(lane.link.overhead_ns) + 1e9 * static_cast<double>(bytes) / rate;
+  lane.busy_until = std::max(now_, lane.busy_until) + std::llround(own * slow);
+  schedule({lane.busy_until, 0, Event::Kind::end, 0, flight});
+}
+
+// The copy's last byte has come: its targets hold what its fate says.
+void Sim::land(const Flight& flight) {
+  const Lane lane = flight.ticket.lane;
+  const bool load = lane == Lane::pool_to_device;
+  LaneState& from = state(lane);
+  Batch& batch = from.live.at(flight.ticket.id);
+  Completion& completion = batch.completion;
+  if (!load) {
+    frames_.set_rotten(flight.copy, chance(options_.faults.rotten));
+  } else if (completion.status == Status::ok && frames_.is_rotten(flight.copy)) {
+    completion.status = Status::corrupt;
+    completion.error = EIO;
+  }
+  if (completion.status == Status::ok && !flight.moved) frames_.move(lane, flight.copy);
+  if (batch.silent || completion.status == Status::corrupt) {
+    frames_.spoil(load ? Tier::device : Tier::pool,
+                  load ? flight.copy.device_first : flight.copy.pool_first, flight.copy.count);
+  }
+  frames_.yield(lane, flight.copy);
+  ++from.counts.copies;
+  from.counts.frames += flight.copy.count;
+  --from.flying;
+  if (--batch.left == 0) end(flight.ticket, batch);
+  start_copies(lane);
+}
+
+void Sim::end(Ticket ticket, const Batch& batch) {
+  LaneState& lane = state(ticket.lane);
+  Completion completion = batch.completion;
+  completion.ended = now_;
+  if (completion.status != Status::ok) lane.failed.emplace(ticket.id, completion);
+  lane.live.erase(ticket.id);
+  completions_.push_back(completion);
+}
+
+// ---- streams ------------------------------------------------------------------------------------
+
+Fence Sim::record(ComputeStream stream) {
+  const auto found = streams_.find(stream.handle);
+  if (found == streams_.end() || found->second.tasks.empty()) return {};
+  const Fence fence{++fences_issued_};
+  fences_ahead_.insert(fence.id);
+  Task task;
+  task.fence = fence;
+  found->second.tasks.push_back(std::move(task));
+  return fence;
+}
+
+void Sim::depend(ComputeStream stream, Ticket ticket) {
+  require(was_issued(ticket), "depend: waits for a ticket that was never submitted");
+  if (!options_.streams) {
+    require(!is_live(ticket),
+            "depend: here the calling thread computes; wait for the ticket first");
+    return;
+  }
+  Task task;
+  task.ticket = ticket;
+  streams_[stream.handle].tasks.push_back(std::move(task));
+  settle();
+}
+
+void Sim::launch(ComputeStream stream, Work work, std::function<void()> body) {
+  if (!options_.streams) {
+    advance(now_ + work.duration_ns);
+    if (body) body();
+    return;
+  }
+  Task task;
+  task.duration_ns = work.duration_ns;
+  task.body = std::move(body);
+  streams_[stream.handle].tasks.push_back(std::move(task));
+  settle();
+}
+
+void Sim::synchronize(ComputeStream stream) {
+  const auto found = streams_.find(stream.handle);
+  while (found != streams_.end() && !found->second.tasks.empty()) happen();
+}
+
+// Goes on with a stream's tasks up to one that takes time. Whether any was done.
+bool Sim::run(std::uintptr_t handle, StreamState& stream) {
+  bool any = false;
+  while (!stream.tasks.empty() && !stream.working) {
+    const Task& task = stream.tasks.front();
+    if (is_live(task.ticket)) break;
+    if (task.ticket.id == 0 && task.fence.id == 0) {
+      stream.working = true;
+      schedule({now_ + task.duration_ns, 0, Event::Kind::work, handle, {}});
+      break;
+    }
+    fences_ahead_.erase(task.fence.id);
+    stream.tasks.pop_front();
+    any = true;
+  }
+  return any;
+}
+
+// ---- time ---------------------------------------------------------------------------------------
+
+void Sim::schedule(Event event) {
+  event.order = ++events_set_;
+  events_.push(event);
+}
+
+// Has everything go on that can at this moment.
+void Sim::settle() {
+  for (bool any = true; std::exchange(any, false);) {
+    for (auto& [handle, stream] : streams_) any = run(handle, stream) || any;
+    for (std::size_t i = 0; i < held_.size();) {
+      const Ticket ticket = held_[i];
+      Batch& batch = state(ticket.lane).live.at(ticket.id);
+      if (is_held(batch)) {
+        ++i;
+        continue;
+      }
+      held_.erase(held_.begin() + static_cast<std::ptrdiff_t>(i));
+      begin(ticket, batch);
+      any = true;
+    }
+  }
+}
+
+// The next event, and what follows from it at once.
+void Sim::happen() {
+  const Event event = events_.top();
+  events_.pop();
+  now_ = event.at;
+  if (event.kind == Event::Kind::arrival) {
+    arrive(event.flight);
+    return;
+  }
+  if (event.kind == Event::Kind::end) {
+    land(event.flight);
+  } else {
+    StreamState& stream = streams_.at(event.stream);
+    const Task task = std::move(stream.tasks.front());
+    stream.tasks.pop_front();
+    stream.working = false;
+    if (task.body) task.body();
+  }
+  settle();
+}
+
+void Sim::advance(Nanos until) {
+  while (!events_.empty() && events_.top().at <= until) happen();
+  now_ = until;
+}
+
+void require_possible(const SimLink& link) {
+  if (link.bytes_per_s > 0 && link.copies_at_once > 0 && link.latency_ns >= 0 &&
+      link.jitter_ns >= 0 && link.overhead_ns >= 0) {
+    return;
+  }
+  throw ConfigError("sim: a link needs a rate and copies_at_once above 0, and no negative time.");
+}
+
+}  // namespace
+
+std::unique_ptr<SimBackend> open_sim(const SimOptions& options) {
+  if (options.frame_bytes == 0 || options.device_frames == 0) {
+    throw ConfigError("sim: a machine has at least one device frame, of at least one byte.");
+  }
+  if (most(options.device_frames, options.device_frames_max) < options.device_frames) {
+    throw ConfigError("sim: device_frames is " + std::to_string(options.device_frames) +
+                      ", more than the device_frames_max of " +
+                      std::to_string(options.device_frames_max) + ".");
+  }
+  require_possible(options.load);
+  require_possible(options.write);
+  return std::make_unique<Sim>(options);
+}
+
+}  // namespace pie

@@ -1,0 +1,100 @@
+// Memory of a simulated machine: garbage where nothing was written, claimed while it is copied.
+#include "sim_frames.hpp"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "pie/error.hpp"
+
+namespace pie {
+
+namespace {
+
+// Not zero, which could be taken for something, and not a value that a test would write.
+constexpr int garbage = 0x7f;
+
+struct Range {
+  FrameIndex first;
+  bool written;  // by the copy; otherwise read
+};
+
+Range range_of(Tier tier, Lane lane, const Copy& copy) {
+  const bool device = tier == Tier::device;
+  return {device ? copy.device_first : copy.pool_first, device == (lane == Lane::pool_to_device)};
+}
+
+// Address space alone where no bytes are carried: touching it ends the process, and nothing is
+// taken from the machine.
+std::byte* map_arena(Bytes bytes, bool carry) {
+  void* base = ::mmap(nullptr, bytes, carry ? PROT_READ | PROT_WRITE : PROT_NONE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | (carry ? 0 : MAP_NORESERVE), -1, 0);
+  if (base == MAP_FAILED) {
+    throw CapacityError("sim: a device tier of " + sized(bytes) +
+                        " cannot be mapped. Simulate fewer device frames, or without bytes.");
+  }
+  return static_cast<std::byte*>(base);
+}
+
+}  // namespace
+
+SimFrames::SimFrames(std::uint32_t device_frames, std::uint32_t pool_frames, Bytes frame_bytes,
+                     bool carry_bytes)
+    : bytes_(frame_bytes),
+      carry_(carry_bytes),
+      arena_bytes_(std::max<Bytes>(1, device_frames * frame_bytes)),
+      arena_(map_arena(arena_bytes_, carry_bytes)),
+      pool_(carry_bytes ? pool_frames * frame_bytes : 0),
+      users_{std::vector<std::int32_t>(device_frames), std::vector<std::int32_t>(pool_frames)},
+      rotten_(pool_frames) {
+  spoil(Tier::device, 0, device_frames);
+  spoil(Tier::pool, 0, pool_frames);
+}
+
+SimFrames::~SimFrames() { ::munmap(arena_, arena_bytes_); }
+
+void SimFrames::claim(Lane lane, const Copy& copy) {
+  for (const Tier tier : {Tier::device, Tier::pool}) {
+    const Range range = range_of(tier, lane, copy);
+    for (std::uint32_t i = 0; i < copy.count; ++i) {
+      std::int32_t& users = users_[static_cast<std::size_t>(tier)][range.first + i];
+      require(users == 0 || (users > 0 && !range.written),
+              "submit: a frame is in two copies at once, and one of them writes to it.");
+      users = range.written ? -1 : users + 1;
+    }
+  }
+}
+
+void SimFrames::yield(Lane lane, const Copy& copy) {
+  for (const Tier tier : {Tier::device, Tier::pool}) {
+    const Range range = range_of(tier, lane, copy);
+    for (std::uint32_t i = 0; i < copy.count; ++i) {
+      std::int32_t& users = users_[static_cast<std::size_t>(tier)][range.first + i];
+      users = range.written ? 0 : users - 1;
+    }
+  }
+}
+
+void SimFrames::move(Lane lane, const Copy& copy) {
+  if (!carry_) return;
+  const bool load = lane == Lane::pool_to_device;
+  std::memcpy(load ? device(copy.device_first) : pool(copy.pool_first),
+              load ? pool(copy.pool_first) : device(copy.device_first), copy.count * bytes_);
+}
+
+void SimFrames::spoil(Tier tier, FrameIndex first, std::uint32_t count) {
+  if (!carry_ || count == 0) return;
+  std::memset(tier == Tier::device ? device(first) : pool(first), garbage, count * bytes_);
+}
+
+void SimFrames::set_rotten(const Copy& copy, bool rotten) {
+  std::fill_n(rotten_.begin() + copy.pool_first, copy.count, rotten);
+}
+
+bool SimFrames::is_rotten(const Copy& copy) const {
+  const auto first = rotten_.begin() + copy.pool_first;
+  return std::find(first, first + copy.count, true) != first + copy.count;
+}
+
+}  // namespace pie
