@@ -22,6 +22,7 @@ pie_test(host)
 pie_test(parallel)
 pie_test(policy)
 pie_test(scheduler)
+pie_test(sharing)
 pie_test(sim)
 
 # A function compiled for AVX-512 but shared with the rest of the library (a weak symbol) would end

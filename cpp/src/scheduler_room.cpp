@@ -178,6 +178,7 @@ bool Scheduler::grow_pool(std::uint32_t frames) {
   const auto target = static_cast<std::uint32_t>(std::min<std::uint64_t>(want, pool_frames_));
   std::uint32_t usable = backend_.resize_pool(target);
   if (usable < frames) usable = backend_.resize_pool(frames);  // the last of the disk
+  usable = std::min(usable, pool_frames_);
   if (usable > pool.limit()) pool.set_limit(usable);
   return pool.limit() >= frames;
 }
