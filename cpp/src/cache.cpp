@@ -44,6 +44,11 @@ void check_geometry(const Geometry& geometry) {
                       ": it must be a positive multiple of " + std::to_string(granule_tokens) +
                       ".");
   }
+  if (!geometry.windows.empty() && geometry.windows.size() != geometry.layers) {
+    throw ConfigError("windows has " + std::to_string(geometry.windows.size()) +
+                      " entries: give one for each of the " + std::to_string(geometry.layers) +
+                      " layers, or none.");
+  }
 }
 
 // Device frames that one sequence needs to gain a token: its partial blocks and a ring.

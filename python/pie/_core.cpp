@@ -100,6 +100,13 @@ class Entry {
   std::atomic<bool>& busy_;
 };
 
+// Where an array lies; strides in elements.
+struct Strided {
+  void* data = nullptr;
+  std::vector<std::size_t> shape;
+  std::vector<std::int64_t> strides;
+};
+
 // What a TieredKVCache holds. Views given out by `gather` share ownership of the C++ cache, so that
 // closing it while one lives gives the memory back only when the last of them is gone.
 class Cache {
@@ -136,6 +143,53 @@ class Cache {
     return nb::make_tuple(view(got.k), view(got.v));
   }
 
+  // Calls `call` with the C++ cache, and wraps the memory it returns in an array that keeps the
+  // cache alive.
+  template <typename Call>
+  nb::ndarray<> view(Call&& call, nb::dlpack::dtype dtype) {
+    auto held = std::make_unique<std::shared_ptr<pie::TieredCache>>();
+    const Strided at = enter([&](auto& cache) {
+      *held = cache_;
+      return call(cache);
+    });
+    const nb::capsule owner(held.release(), [](void* last) noexcept {
+      delete static_cast<std::shared_ptr<pie::TieredCache>*>(last);
+    });
+    return {at.data,           at.shape.size(), at.shape.data(),       owner,
+            at.strides.data(), dtype,           nb::device::cpu::value};
+  }
+
+  nb::object frames() {
+    const auto viewed = view(
+        [&](auto& cache) {
+          const pie::Arena arena = cache.arena();
+          const pie::Geometry& geometry = cache.geometry();
+          const std::size_t tokens = geometry.block_tokens;
+          const auto head = static_cast<std::int64_t>(tokens * head_dim_);
+          const auto stride =
+              static_cast<std::int64_t>(arena.stride_bytes / pie::dtype_bytes(dtype_));
+          return Strided{arena.start,
+                         {arena.frames, 2, kv_heads_, tokens, head_dim_},
+                         {stride, head * static_cast<std::int64_t>(kv_heads_), head,
+                          static_cast<std::int64_t>(head_dim_), 1}};
+        },
+        dlpack_dtype(dtype_));
+    return nb::cast(viewed);
+  }
+
+  nb::object pages(std::uint32_t layer, std::size_t batch, const pie::LayerInputs& inputs) {
+    const auto viewed = view(
+        [&](auto& cache) {
+          const auto table = cache.pages(layer, inputs);
+          const std::size_t columns = table.size() / batch;
+          return Strided{const_cast<std::int32_t*>(table.data()),
+                         {batch, columns},
+                         {static_cast<std::int64_t>(columns), 1}};
+        },
+        nb::dtype<std::int32_t>());
+    return nb::cast(viewed);
+  }
+
   void close() {
     const nb::gil_scoped_release unlocked;
     const Entry entry(busy_);
@@ -156,9 +210,10 @@ class Cache {
 
 void construct(Cache* self, std::uint32_t layers, std::uint32_t kv_heads, std::uint32_t head_dim,
                std::uint32_t block_tokens, const std::string& dtype, std::uint64_t device_bytes,
-               std::uint64_t pool_bytes, const std::string& pool_dir, const std::string& policy) {
+               std::uint64_t pool_bytes, const std::string& pool_dir, const std::string& policy,
+               const std::vector<std::uint32_t>& windows) {
   pie::CacheOptions options;
-  options.geometry = {layers, kv_heads, head_dim, block_tokens, dtype_from(dtype)};
+  options.geometry = {layers, kv_heads, head_dim, block_tokens, dtype_from(dtype), windows};
   options.device_bytes = device_bytes;
   options.pool_bytes = pool_bytes;
   options.pool_dir = pool_dir;
@@ -166,11 +221,18 @@ void construct(Cache* self, std::uint32_t layers, std::uint32_t kv_heads, std::u
   new (self) Cache(options);
 }
 
-void begin(Cache& self, const Batch& batch, bool gather) {
+pie::Reader reader_from(const std::string& name) {
+  if (name == "attend") return pie::Reader::attend;
+  if (name == "gather") return pie::Reader::gather;
+  if (name == "pages") return pie::Reader::pages;
+  throw pie::ConfigError("reader is '" + name + "': use 'attend', 'gather' or 'pages'.");
+}
+
+void begin(Cache& self, const Batch& batch, const std::string& reader_name) {
+  const pie::Reader reader = reader_from(reader_name);
   std::vector<pie::StepEntry> entries;
   entries.reserve(batch.size());
   for (const auto& [sequence, new_tokens] : batch) entries.push_back({sequence, new_tokens});
-  const pie::Reader reader = gather ? pie::Reader::gather : pie::Reader::attend;
   self.enter([&](auto& cache) { cache.begin(entries, reader); });
 }
 
@@ -178,7 +240,17 @@ void bind_exceptions(nb::module_& module) {
   nb::exception<pie::LogicError>(module, "LogicError", PyExc_RuntimeError);
   nb::exception<pie::ConfigError>(module, "ConfigError", PyExc_ValueError);
   nb::exception<pie::CapacityError>(module, "CapacityError", PyExc_MemoryError);
-  nb::exception<pie::IoError>(module, "IoError", PyExc_OSError);
+  // Translators are asked newest first: this one adds the sequence that the failure touched.
+  static PyObject* io_error = nb::exception<pie::IoError>(module, "IoError", PyExc_OSError).ptr();
+  nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const pie::IoError& error) {
+      nb::object raised = nb::handle(io_error)(error.what());
+      raised.attr("sequence") = error.sequence();
+      PyErr_SetObject(io_error, raised.ptr());
+    }
+  });
 }
 
 void bind_functions(nb::module_& module) {
@@ -193,22 +265,25 @@ void bind_functions(nb::module_& module) {
 
 // The three matrices are (address, row stride, head stride), strides in elements.
 void bind_step(nb::class_<Cache>& cache) {
-  cache.def("begin", &begin, "batch"_a, "gather"_a, "Opens a step over (sequence, new tokens).")
+  cache.def("begin", &begin, "batch"_a, "reader"_a, "Opens a step over (sequence, new tokens).")
       .def(
           "attend",
           [](Cache& self, std::uint32_t layer, std::uintptr_t k, std::int64_t k_row,
              std::int64_t k_head, std::uintptr_t v, std::int64_t v_row, std::int64_t v_head,
              std::uintptr_t q, std::int64_t q_row, std::int64_t q_head, std::uintptr_t out,
              std::int64_t out_row, std::int64_t out_head, std::uint32_t query_heads, float scale,
-             std::uintptr_t lse) {
+             float soft_cap, std::uintptr_t sinks, std::uintptr_t lse) {
+            const pie::AttendOptions options{scale, soft_cap,
+                                             static_cast<const float*>(pointer_to(sinks))};
             self.enter([&](auto& tiered) {
               tiered.attend(layer, {rows_at(k, k_row, k_head), rows_at(v, v_row, v_head)},
                             rows_at(q, q_row, q_head), {pointer_to(out), out_row, out_head},
-                            query_heads, {.scale = scale}, static_cast<float*>(pointer_to(lse)));
+                            query_heads, options, static_cast<float*>(pointer_to(lse)));
             });
           },
           "layer"_a, "k"_a, "k_row"_a, "k_head"_a, "v"_a, "v_row"_a, "v_head"_a, "q"_a, "q_row"_a,
-          "q_head"_a, "out"_a, "out_row"_a, "out_head"_a, "query_heads"_a, "scale"_a, "lse"_a,
+          "q_head"_a, "out"_a, "out_row"_a, "out_head"_a, "query_heads"_a, "scale"_a, "soft_cap"_a,
+          "sinks"_a, "lse"_a,
           "Appends one layer's K and V and attends; addresses and strides in elements.")
       .def(
           "gather",
@@ -220,6 +295,18 @@ void bind_step(nb::class_<Cache>& cache) {
           nb::sig("def gather(self, layer: int, k: int, k_row: int, k_head: int, v: int, v_row: "
                   "int, v_head: int) -> tuple[typing.Any, typing.Any]"),
           "Appends one layer's K and V and returns all of them, as arrays that DLPack can take.")
+      .def(
+          "pages",
+          [](Cache& self, std::uint32_t layer, std::size_t batch, std::uintptr_t k,
+             std::int64_t k_row, std::int64_t k_head, std::uintptr_t v, std::int64_t v_row,
+             std::int64_t v_head) {
+            return self.pages(layer, batch, {rows_at(k, k_row, k_head), rows_at(v, v_row, v_head)});
+          },
+          "layer"_a, "batch"_a, "k"_a, "k_row"_a, "k_head"_a, "v"_a, "v_row"_a, "v_head"_a,
+          nb::sig(
+              "def pages(self, layer: int, batch: int, k: int, k_row: int, k_head: int, v: int, "
+              "v_row: int, v_head: int) -> typing.Any"),
+          "Appends one layer's K and V and returns the table of frames, an array for DLPack.")
       .def(
           "finish", [](Cache& self) { self.enter([](auto& tiered) { tiered.finish(); }); },
           "Ends the step: lengths advance.")
@@ -236,11 +323,25 @@ void bind_cache(nb::module_& module) {
   nb::class_<Cache> cache(module, "Cache", "Native side of pie.TieredKVCache.");
   cache
       .def("__init__", &construct, "layers"_a, "kv_heads"_a, "head_dim"_a, "block_tokens"_a,
-           "dtype"_a, "device_bytes"_a, "pool_bytes"_a, "pool_dir"_a, "policy"_a,
+           "dtype"_a, "device_bytes"_a, "pool_bytes"_a, "pool_dir"_a, "policy"_a, "windows"_a,
            nb::call_guard<nb::gil_scoped_release>())
       .def(
           "add", [](Cache& self) { return self.enter([](auto& tiered) { return tiered.add(); }); },
           "Makes an empty sequence.")
+      .def(
+          "fork",
+          [](Cache& self, std::uint64_t sequence) {
+            return self.enter([&](auto& tiered) { return tiered.fork(sequence); });
+          },
+          "sequence"_a, "Makes a sequence with the same tokens.")
+      .def(
+          "resize",
+          [](Cache& self, std::uint64_t device_bytes, std::uint64_t pool_bytes) {
+            self.enter([&](auto& tiered) { tiered.resize(device_bytes, pool_bytes); });
+          },
+          "device_bytes"_a, "pool_bytes"_a, "Moves both budgets.")
+      .def("frames", &Cache::frames, nb::sig("def frames(self) -> typing.Any"),
+           "The device tier, an array for DLPack.")
       .def(
           "truncate",
           [](Cache& self, std::uint64_t sequence, std::uint32_t tokens) {

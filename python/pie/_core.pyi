@@ -33,10 +33,19 @@ def use_openmp(library: str, threads: int) -> bool:
 class Cache:
     """Native side of pie.TieredKVCache."""
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, block_tokens: int, dtype: str, device_bytes: int, pool_bytes: int, pool_dir: str, policy: str) -> None: ...
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, block_tokens: int, dtype: str, device_bytes: int, pool_bytes: int, pool_dir: str, policy: str, windows: Sequence[int]) -> None: ...
 
     def add(self) -> int:
         """Makes an empty sequence."""
+
+    def fork(self, sequence: int) -> int:
+        """Makes a sequence with the same tokens."""
+
+    def resize(self, device_bytes: int, pool_bytes: int) -> None:
+        """Moves both budgets."""
+
+    def frames(self) -> Any:
+        """The device tier, an array for DLPack."""
 
     def truncate(self, sequence: int, tokens: int) -> None:
         """Keeps the first tokens of a sequence."""
@@ -59,10 +68,10 @@ class Cache:
     def closed(self) -> bool:
         """Whether close() was called."""
 
-    def begin(self, batch: Sequence[tuple[int, int]], gather: bool) -> None:
+    def begin(self, batch: Sequence[tuple[int, int]], reader: str) -> None:
         """Opens a step over (sequence, new tokens)."""
 
-    def attend(self, layer: int, k: int, k_row: int, k_head: int, v: int, v_row: int, v_head: int, q: int, q_row: int, q_head: int, out: int, out_row: int, out_head: int, query_heads: int, scale: float, lse: int) -> None:
+    def attend(self, layer: int, k: int, k_row: int, k_head: int, v: int, v_row: int, v_head: int, q: int, q_row: int, q_head: int, out: int, out_row: int, out_head: int, query_heads: int, scale: float, soft_cap: float, sinks: int, lse: int) -> None:
         """
         Appends one layer's K and V and attends; addresses and strides in elements.
         """
@@ -70,6 +79,11 @@ class Cache:
     def gather(self, layer: int, k: int, k_row: int, k_head: int, v: int, v_row: int, v_head: int) -> tuple[Any, Any]:
         """
         Appends one layer's K and V and returns all of them, as arrays that DLPack can take.
+        """
+
+    def pages(self, layer: int, batch: int, k: int, k_row: int, k_head: int, v: int, v_row: int, v_head: int) -> Any:
+        """
+        Appends one layer's K and V and returns the table of frames, an array for DLPack.
         """
 
     def finish(self) -> None:

@@ -113,6 +113,8 @@ class TieredKVCache:
     block_tokens: tokens per block, a multiple of 16; None chooses from device_bytes.
     policy: "fit" streams just what the budget cannot hold, "fixed:F" the share F of all frames,
         "off" nothing.
+    windows: of each layer, how many tokens a token sees, itself included; 0 is all. Frames that no
+        token will see again are given back.
 
     One thread at a time. Close it, or use it as a context manager.
     """
@@ -130,19 +132,23 @@ class TieredKVCache:
         pool_dir: str | os.PathLike[str] | None = None,
         block_tokens: int | None = None,
         policy: str = "fit",
+        windows: Sequence[int] | None = None,
     ) -> None:
         if str(device).partition(":")[0] != "cpu":
             raise ConfigError(
                 f"device is {str(device)!r}: this build of Pie computes on 'cpu' only, "
                 "its CUDA backend is not part of it."
             )
-        directory = os.fspath(pool_dir) if pool_dir is not None else ""
+        directory = os.fsdecode(pool_dir) if pool_dir is not None else ""
+        if not isinstance(policy, str):
+            raise ConfigError(f"policy is {policy!r}: give 'fit', 'off' or 'fixed:F' as text.")
         self.num_layers = _positive("num_layers", num_layers)
         self.num_kv_heads = _positive("num_kv_heads", num_kv_heads)
         self.head_dim = _positive("head_dim", head_dim)
         self.dtype = torch_dtype(dtype)
         self._scale = self.head_dim**-0.5
         self._rows = 0  # new tokens of the open step, 0 outside a step
+        self._batch = 0  # its sequences
         self._core = _core.Cache(
             layers=self.num_layers,
             kv_heads=self.num_kv_heads,
@@ -153,15 +159,45 @@ class TieredKVCache:
             pool_bytes=_pool_bytes(pool_bytes, directory),
             pool_dir=directory,
             policy=policy,
+            windows=[_count("a window", window) for window in windows or ()],
         )
+        self._frames: torch.Tensor | None = None
         self._report_fallback()
 
     def add(self) -> int:
         """Makes an empty sequence and returns its number, which is never used again."""
         return self._core.add()
 
+    def fork(self, sequence: int) -> int:
+        """Makes a sequence with the same tokens and returns its number.
+
+        What the two have in common is held once; the block that is partial is copied when one of
+        them grows.
+        """
+        return self._core.fork(_known(sequence))
+
+    def resize(
+        self, *, device_bytes: int | str | None = None, pool_bytes: int | str | None = None
+    ) -> None:
+        """Moves the budgets, up or down; None leaves one as it is. Not inside a step.
+
+        What is given up goes back to the system. CapacityError, with nothing changed, where what is
+        held does not fit; IoError, with nothing lost, where a transfer fails on the way.
+        """
+        now = self._core.stats()
+        sizes = {"device_bytes": device_bytes, "pool_bytes": pool_bytes}
+        moved = {
+            name: int(now[name]) if size is None else _bytes_or_none(size, name)
+            for name, size in sizes.items()
+        }
+        self._core.resize(**moved)
+        self._frames = None
+
     def truncate(self, sequence: int, tokens: int) -> None:
-        """Keeps the first `tokens` tokens of a sequence."""
+        """Keeps the first `tokens` tokens of a sequence.
+
+        LogicError where layers with a window have given back what the next token would see.
+        """
         self._core.truncate(_known(sequence), _count("tokens", tokens))
 
     def free(self, sequence: int) -> None:
@@ -176,13 +212,13 @@ class TieredKVCache:
         self,
         batch: Sequence[tuple[int, int]],
         *,
-        reader: Literal["attend", "gather"] = "attend",
+        reader: Literal["attend", "gather", "pages"] = "attend",
     ) -> _Step:
         """A forward pass over `batch`, pairs of (sequence, new tokens), as a context manager.
 
         Inside it, every layer from 0 to the last goes once, in order, through `attend`, or through
-        `gather` where `reader` says so. Leaving it makes the sequences longer; an exception takes
-        all of the step's appends back.
+        `gather` or `pages` where `reader` says so. Leaving it makes the sequences longer; an
+        exception takes all of the step's appends back.
         """
         return _Step(self, batch, reader)
 
@@ -195,6 +231,8 @@ class TieredKVCache:
         v: torch.Tensor,
         *,
         scale: float | None = None,
+        soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         return_lse: Literal[False] = False,
     ) -> torch.Tensor: ...
@@ -208,6 +246,8 @@ class TieredKVCache:
         v: torch.Tensor,
         *,
         scale: float | None = None,
+        soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         return_lse: Literal[True],
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -220,6 +260,8 @@ class TieredKVCache:
         v: torch.Tensor,
         *,
         scale: float | None = None,
+        soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         return_lse: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -227,15 +269,18 @@ class TieredKVCache:
 
         q is `[tokens, query_heads, head_dim]`, k and v `[tokens, num_kv_heads, head_dim]`: the new
         tokens of the batch, packed in its order; any strides, the last of them 1. `scale` (default
-        head_dim ** -0.5) multiplies q.k. The result has q's shape and lies in `out` if given; with
-        `return_lse` the natural log-sum-exp of the scaled scores, `[tokens, query_heads]` in
-        float32, comes too.
+        head_dim ** -0.5) multiplies q.k; with `soft_cap` c a score s becomes c * tanh(s / c);
+        `sinks`, `[query_heads]` in float32, are scores of tokens without a value. The result has
+        q's shape and lies in `out` if given; with `return_lse` the natural log-sum-exp of the
+        scaled scores, `[tokens, query_heads]` in float32, comes too.
         """
         query_heads = self._query_heads(q)
         rows = self._open_rows("attend")
         self._check_tensor("q", q, query_heads)
         self._check_tensor("k", k, self.num_kv_heads)
         self._check_tensor("v", v, self.num_kv_heads)
+        if sinks is not None:
+            _check_sinks(sinks, query_heads)
         if out is None:
             out = torch.empty((rows, query_heads, self.head_dim), dtype=self.dtype)
         else:
@@ -257,6 +302,8 @@ class TieredKVCache:
             out.stride(1),
             query_heads,
             self._scale if scale is None else scale,
+            soft_cap,
+            0 if sinks is None else sinks.data_ptr(),
             0 if lse is None else lse.data_ptr(),
         )
         return out if lse is None else (out, lse)
@@ -284,6 +331,41 @@ class TieredKVCache:
         )
         return from_dlpack(keys), from_dlpack(values)
 
+    def pages(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Appends k and v (as for `attend`) and returns where the layer's blocks lie on the device.
+
+        `[batch, most blocks]`, int32: the index into `frames` of each block of each sequence, -1
+        where there is none (past the end, or before the window). All of them stay until the next
+        layer, or the end of the step, overwrites the table. In a step with reader="pages".
+        """
+        self._open_rows("pages")
+        self._check_tensor("k", k, self.num_kv_heads)
+        self._check_tensor("v", v, self.num_kv_heads)
+        table = self._core.pages(
+            self._layer(layer),
+            self._batch,
+            k.data_ptr(),
+            k.stride(0),
+            k.stride(1),
+            v.data_ptr(),
+            v.stride(0),
+            v.stride(1),
+        )
+        with torch.inference_mode(False):
+            return from_dlpack(table)
+
+    @property
+    def frames(self) -> torch.Tensor:
+        """The device tier, `[frames, 2 (K, V), num_kv_heads, block_tokens, head_dim]`, not copied.
+
+        What lies in a frame is told by `pages`. The tensor keeps the memory alive, closed or not,
+        but does not follow a `resize`: ask for it again; a frame that was given up reads as zeros.
+        """
+        if self._frames is None:
+            with torch.inference_mode(False):
+                self._frames = from_dlpack(self._core.frames())
+        return self._frames
+
     def stats(self) -> Stats:
         """Counters since construction, and gauges."""
         return Stats(self._core.stats())
@@ -293,7 +375,8 @@ class TieredKVCache:
         self._core.check()
 
     def close(self) -> None:
-        """Gives all memory back, that under tensors from `gather` when the last of them goes."""
+        """Gives all memory back, that under tensors made over it when the last of them goes."""
+        self._frames = None
         self._core.close()
 
     def __enter__(self) -> TieredKVCache:
@@ -314,15 +397,14 @@ class TieredKVCache:
             )
 
     def _begin(self, batch: Sequence[tuple[int, int]], reader: str) -> None:
-        if reader not in ("attend", "gather"):
-            raise ConfigError(f"reader is {reader!r}: use 'attend' or 'gather'.")
         entries = [(_known(sequence), _count("new tokens", tokens)) for sequence, tokens in batch]
         _lend_threads()
         rows = sum(tokens for _, tokens in entries)
         if rows == 0:
             raise LogicError("The step's batch has no new tokens: leave such a step out.")
-        self._core.begin(entries, reader == "gather")
+        self._core.begin(entries, reader)
         self._rows = rows
+        self._batch = len(entries)
 
     def _finish(self) -> None:
         self._rows = 0
@@ -353,6 +435,8 @@ class TieredKVCache:
         return layer
 
     def _query_heads(self, q: torch.Tensor) -> int:
+        if not isinstance(q, torch.Tensor):
+            raise LogicError(f"q is a {type(q).__name__}: give a torch.Tensor.")
         heads = q.shape[1] if q.dim() == 3 else 0
         if heads == 0 or heads % self.num_kv_heads:
             raise LogicError(
@@ -362,6 +446,8 @@ class TieredKVCache:
         return heads
 
     def _check_tensor(self, name: str, tensor: torch.Tensor, heads: int) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            raise LogicError(f"{name} is a {type(tensor).__name__}: give a torch.Tensor.")
         shape = (self._rows, heads, self.head_dim)
         if tensor.shape != shape:
             raise LogicError(
@@ -393,14 +479,33 @@ def _count(name: str, value: int) -> int:
     return value
 
 
+def _check_sinks(sinks: torch.Tensor, heads: int) -> None:
+    if (
+        not isinstance(sinks, torch.Tensor)
+        or sinks.shape != (heads,)
+        or sinks.dtype is not torch.float32
+        or not sinks.is_contiguous()
+        or sinks.device.type != "cpu"
+    ):
+        raise LogicError(
+            f"sinks must be a contiguous float32 tensor of shape [{heads}] on cpu, one for each "
+            "query head."
+        )
+
+
 def _known(sequence: int) -> int:
     if type(sequence) is not int or not 0 <= sequence < 2**64:
         raise LogicError(f"{sequence!r} is not a sequence: use what add() returned.")
     return sequence
 
 
+def _bytes_or_none(size: int | str, name: str) -> int:
+    """Bytes of a size that may be 0."""
+    return 0 if size in (0, "0") else parse_size(size, name)
+
+
 def _pool_bytes(pool_bytes: int | str | None, directory: str) -> int:
-    if pool_bytes is None or (type(pool_bytes) is int and pool_bytes == 0):
+    if pool_bytes is None:
         return 0
     if pool_bytes == "auto":
         place = directory.removeprefix("tmpfs:") or _core.default_pool_dir()
@@ -411,7 +516,7 @@ def _pool_bytes(pool_bytes: int | str | None, directory: str) -> int:
                 f"{free} bytes are: free some, name another pool_dir, or give 0 for no pool."
             )
         return free // 2
-    return parse_size(pool_bytes, "pool_bytes")
+    return _bytes_or_none(pool_bytes, "pool_bytes")
 
 
 _lent_threads = 0

@@ -510,3 +510,111 @@ def test_two_threads_at_once_are_refused() -> None:
         assert "second thread" in str(refused[0])
         run_step(cache, [(sequence, 1)])
         cache.check()
+
+
+# ---- forks, budgets, tables of frames ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [ROOMY, TIGHT])
+def test_a_fork_goes_its_own_way(budget):
+    with make(budget) as cache:
+        reference = Reference()
+        first = cache.add()
+        run_step(cache, [(first, 70)], reference)
+        second = cache.fork(first)
+        for layer in range(LAYERS):
+            reference.kept[second, layer] = reference.kept[first, layer]
+        for _ in range(20):
+            run_step(cache, [(first, 1), (second, 2)], reference)
+        cache.free(first)
+        run_step(cache, [(second, 40)], reference)
+        assert cache.length(second) == 150
+        cache.check()
+
+
+def test_budgets_move_and_refusals_say_what_is_there(cache):
+    reference = Reference()
+    sequence = cache.add()
+    run_step(cache, [(sequence, 400)], reference)
+    cache.resize(device_bytes="128KiB")
+    assert cache.stats().device_bytes <= 128 << 10
+    assert cache.stats().device_bytes_used <= 128 << 10
+    run_step(cache, [(sequence, 1)], reference)
+    cache.resize(pool_bytes=2 << 20, device_bytes="4MiB")
+    assert cache.stats().pool_bytes <= 2 << 20
+    for _ in range(3):
+        run_step(cache, [(sequence, 1)], reference)
+    with pytest.raises(pie.ConfigError, match="device_bytes"):
+        cache.resize(device_bytes=1)
+    with pytest.raises(pie.CapacityError, match="cannot hold"):
+        cache.resize(device_bytes="256KiB", pool_bytes=0)
+    run_step(cache, [(sequence, 1)], reference)
+    with pytest.raises(pie.LogicError, match="step is running"), cache.step([(sequence, 1)]):
+        cache.resize(device_bytes="4MiB")
+
+
+def test_pages_and_frames_are_the_memory_itself():
+    with make("2MiB", block_tokens=16) as cache:
+        first, second = cache.add(), cache.add()
+        entries = [(first, 40), (second, 3)]
+        with cache.step(entries, reader="pages") as step:
+            for layer in range(LAYERS):
+                _, k, v = random_rows(43)
+                table = step.pages(layer, k, v)
+                frames = cache.frames
+                assert table.dtype is torch.int32
+                assert table.tolist()[1][1:] == [-1, -1]
+                blocks = frames[table[0].long()]  # [3, 2, heads, 16, dim]
+                for side, rows in ((0, k), (1, v)):
+                    kept = blocks[:, side].transpose(1, 2).flatten(0, 1)[:40]
+                    assert torch.equal(kept, rows[:40])
+                frames[table[1, 0], 0, 0, 2] = 7.0
+                assert frames.data_ptr() == cache.frames.data_ptr()
+        with cache.step([(second, 1)], reader="gather") as step:
+            for layer in range(LAYERS):
+                keys, _ = step.gather(layer, *random_rows(1)[1:])
+                assert bool((keys[0, 0, 2] == 7.0).all()), (
+                    "what torch writes is what the cache holds"
+                )
+
+
+def test_views_outlive_the_cache():
+    cache = make("2MiB")
+    frames = cache.frames
+    with torch.inference_mode():
+        assert not cache.frames.is_inference()
+    cache.close()
+    del cache
+    gc.collect()
+    assert frames.sum().isfinite()
+    frames.fill_(1.0)
+
+
+def test_windows_hide_and_give_back():
+    window = 20
+    with make(windows=[window, 0, window], block_tokens=16) as cache:
+        sequence = cache.add()
+        run_step(cache, [(sequence, 200)])
+        frame = 2 * KV_HEADS * 16 * HEAD_DIM * 4
+        assert cache.stats().kv_bytes == frame // 16 * (200 + 2 * (200 - 176))
+        with pytest.raises(pie.LogicError, match="window of 20"):
+            cache.truncate(sequence, 100)
+        run_step(cache, [(sequence, 1)])
+    with pytest.raises(pie.ConfigError, match="windows has 2 entries"):
+        make(windows=[1, 2])
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"policy": None}, "policy"), ({"windows": [-1, 0, 0]}, "window")],
+)
+def test_odd_options_are_refused(options, name):
+    with pytest.raises((pie.ConfigError, pie.LogicError), match=name):
+        make(**options)
+
+
+def test_what_is_no_tensor_is_refused(cache):
+    sequence = cache.add()
+    _, k, v = random_rows(1)
+    with pytest.raises(pie.LogicError, match="q is a list"), cache.step([(sequence, 1)]) as step:
+        step.attend(0, [1.0], k, v)
