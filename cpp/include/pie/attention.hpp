@@ -36,15 +36,18 @@ struct AttentionShape {
   std::uint32_t block_tokens = 0;
   DType dtype = DType::f32;  // of q, K, V and out
   float scale = 0;           // multiplies q.k
-  std::uint32_t window = 0;
-  float soft_cap = 0;
+  std::uint32_t window = 0;  // a row at position p sees tokens t > p - window; 0: all
+  float soft_cap = 0;        // scaled scores s become soft_cap * tanh(s / soft_cap); 0: they do not
+  // `[query_heads]`: scores of one token more for each head that has no value; null: none. They are
+  // part of the log-sum-exp.
   const float* sinks = nullptr;
 };
 
 // One piece of one sequence: query rows at absolute positions [position, position + rows), and the
 // KV of tokens [kv_begin, kv_end), kv_begin a multiple of granule_tokens. A row at position p sees
-// tokens t <= p. `frames[i]` is the start of the frame of block kv_begin / block_tokens + i.
-// Pieces of one row must be given in ascending, gapless order from token 0.
+// tokens t <= p, and within the window if there is one. `frames[i]` is the start of the frame of
+// block kv_begin / block_tokens + i. Pieces of one row must be given in ascending, gapless order
+// from token 0, or from any granule at or before the first token that it sees.
 struct AttentionWork {
   Rows q;
   std::uint32_t rows = 0;

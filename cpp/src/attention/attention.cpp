@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -60,6 +61,9 @@ void check(const AttentionShape& shape) {
           "attention: head_dim must be a multiple of 8 from 8 to 256.");
   require(shape.block_tokens > 0 && shape.block_tokens % granule_tokens == 0,
           "attention: block_tokens must be a positive multiple of 16.");
+  require(std::isfinite(shape.scale), "attention: scale must be a finite number.");
+  require(std::isfinite(shape.soft_cap) && shape.soft_cap >= 0,
+          "attention: soft_cap must be a finite number, positive, or 0 for none.");
 }
 
 void check(const AttentionWork& work) {
@@ -78,7 +82,9 @@ void add_tasks(const AttentionShape& shape, const AttentionWork& work, std::uint
     FoldTask task{.shape = &shape, .work = &work};
     task.row_begin = end > rows ? end - rows : 0;
     task.row_end = end;
-    task.token_begin = work.kv_begin;
+    // Passes that no row of the task sees are left out.
+    const std::uint32_t seen = first_seen(shape, work.position + task.row_begin);
+    task.token_begin = std::max(work.kv_begin, seen / pass_tokens * pass_tokens);
     task.token_end = std::min(work.kv_end, work.position + end);
     if (task.token_end <= task.token_begin) continue;
     for (task.kv_head = 0; task.kv_head < shape.kv_heads; ++task.kv_head) tasks.push_back(task);
@@ -208,7 +214,7 @@ void finish_row(void* context, std::size_t row) {
     std::byte* out = static_cast<std::byte*>(loop->out->data) +
                      at * static_cast<std::int64_t>(dtype_bytes(shape.dtype));
     const float lse =
-        loop->kernels->finish(shape, state + h * head_state_floats(shape.head_dim), out);
+        loop->kernels->finish(shape, h, state + h * head_state_floats(shape.head_dim), out);
     if (loop->lse != nullptr) loop->lse[row * shape.query_heads + h] = lse;
   }
 }

@@ -23,6 +23,12 @@ constexpr float infinity = __builtin_inff();
 constexpr std::size_t granules_most = pass_tokens / granule_tokens;
 constexpr int granule_vectors = int{granule_tokens} / lanes;
 
+// What a line sees of a pass: tokens [first, end), counted from where the pass begins.
+struct Seen {
+  std::uint32_t first = 0;
+  std::uint32_t end = 0;
+};
+
 // A partial seen as its parts.
 struct Partial {
   float* values;
@@ -43,6 +49,7 @@ struct Pass {
   float** partial;  // [lines]
   std::size_t dim;
   std::size_t padded;
+  float cap;  // of the scores, in units of log2; 0: none
 };
 
 template <DType dtype>
@@ -140,11 +147,11 @@ void score(const Pass& pass, const float* queries, const float* keys, float* sco
   }
 }
 
-// Adds the weighted values of `visible` tokens to `columns` vectors of the accumulators, which are
+// Adds the weighted values of the tokens seen to `columns` vectors of the accumulators, which are
 // multiplied by rescale[line][granule] at the start of each granule.
 template <int line_count, int columns>
 void accumulate(const Pass& pass, float* const* partial, std::size_t first_element,
-                const float* weights, const float* rescale, std::uint32_t visible) {
+                const float* weights, const float* rescale, Seen seen) {
   V sum[line_count][columns];
   const float* values = pass.values + first_element;
 #pragma GCC unroll 6
@@ -152,15 +159,16 @@ void accumulate(const Pass& pass, float* const* partial, std::size_t first_eleme
 #pragma GCC unroll 4
     for (int c = 0; c < columns; ++c) sum[r][c] = load(partial[r] + first_element + c * lanes);
   }
-  for (std::uint32_t t = 0; t < visible;) {
+  for (std::uint32_t t = 0; t < seen.end;) {
 #pragma GCC unroll 6
     for (std::size_t r = 0; r < line_count; ++r) {
       const V factor = splat(rescale[r * granules_most + t / granule_tokens]);
 #pragma GCC unroll 4
       for (int c = 0; c < columns; ++c) sum[r][c] *= factor;
     }
-    const std::uint32_t end = t + granule_tokens < visible ? t + granule_tokens : visible;
-    for (; t < end; ++t) {
+    const std::uint32_t next = t + granule_tokens;
+    const std::uint32_t end = next < seen.end ? next : seen.end;
+    for (t = t > seen.first ? t : seen.first; t < end; ++t) {
       V value[columns];
 #pragma GCC unroll 4
       for (int c = 0; c < columns; ++c) value[c] = load(values + t * pass.padded + c * lanes);
@@ -171,6 +179,7 @@ void accumulate(const Pass& pass, float* const* partial, std::size_t first_eleme
         for (int c = 0; c < columns; ++c) sum[r][c] = fma(weight, value[c], sum[r][c]);
       }
     }
+    t = next;
   }
 #pragma GCC unroll 6
   for (int r = 0; r < line_count; ++r) {
@@ -179,21 +188,30 @@ void accumulate(const Pass& pass, float* const* partial, std::size_t first_eleme
   }
 }
 
-// Clamps the scores of one line, hides those past `visible`, and takes the running maximum through
+// Turns the scores s of one line, in units of log2, into cap * tanh(s / cap).
+PIE_INLINE void cap_line(float* scores, std::uint32_t end, float cap) {
+  for (std::uint32_t t = 0; t < end; t += lanes) {
+    store(scores + t, splat(cap) * tanh(load(scores + t) * splat(1 / cap)));
+  }
+}
+
+// Clamps the scores of one line, hides those it does not see, and takes the running maximum through
 // the granules: maxima[g] after granule g, fall[g] the (negative) change that granule made.
-PIE_INLINE void maxima_of_line(float* scores, std::uint32_t visible, float* running, float* maxima,
+PIE_INLINE void maxima_of_line(float* scores, Seen visible, float* running, float* maxima,
                                float* fall) {
   V highest[granules_most];
 #pragma GCC unroll 4
   for (std::uint32_t g = 0; g < granules_most; ++g) {
     highest[g] = splat(lowest_max);
-    if (visible <= g * granule_tokens) continue;
-    const auto seen = static_cast<std::int32_t>(visible - g * granule_tokens);
+    if (visible.end <= g * granule_tokens) continue;
+    const auto seen = static_cast<std::int32_t>(visible.end - g * granule_tokens);
+    const auto hidden = static_cast<std::int32_t>(visible.first - g * granule_tokens);
 #pragma GCC unroll 4
     for (int i = 0; i < granule_vectors; ++i) {
       float* at = scores + g * granule_tokens + i * lanes;
       V s = smaller(splat(-lowest_max), load(at));
       if (seen < int{granule_tokens}) s = first_tokens(seen - i * lanes) ? s : splat(-infinity);
+      if (hidden > 0) s = first_tokens(hidden - i * lanes) ? splat(-infinity) : s;
       store(at, s);
       highest[g] = larger(highest[g], s);
     }
@@ -227,13 +245,13 @@ PIE_INLINE void weigh_line(float* scores, std::uint32_t visible, const float* ma
   for (int i = 0; i < granule_vectors; ++i) store(sums + i * lanes, sum[i]);
 }
 
-// Takes `line_count` lines, all of which see the first `visible` tokens of the pass, through it.
+// Takes `line_count` lines, all of which see the same of the pass, through it.
 template <int line_count>
-void fold_tile(const Pass& pass, std::size_t first_line, std::uint32_t visible) {
+void fold_tile(const Pass& pass, std::size_t first_line, Seen visible) {
   const float* queries = pass.queries + first_line * pass.padded;
   float* weights = pass.weights + first_line * pass_tokens;
   float* const* partial = pass.partial + first_line;
-  const std::uint32_t granules = (visible + granule_tokens - 1) / granule_tokens;
+  const std::uint32_t granules = (visible.end + granule_tokens - 1) / granule_tokens;
   const int token_vectors = static_cast<int>(granules) * granule_vectors;
   int c = 0;
   for (; c + tile_columns <= token_vectors; c += tile_columns) {
@@ -246,13 +264,16 @@ void fold_tile(const Pass& pass, std::size_t first_line, std::uint32_t visible) 
   alignas(64) float maxima[line_count * granules_most];
   constexpr std::size_t factors = (line_count * granules_most + lanes - 1) / lanes * lanes;
   alignas(64) float rescale[factors] = {};
+  for (std::size_t r = 0; pass.cap > 0 && r < line_count; ++r) {
+    cap_line(weights + r * pass_tokens, granules * granule_tokens, pass.cap);
+  }
   for (std::size_t r = 0; r < line_count; ++r) {
     maxima_of_line(weights + r * pass_tokens, visible, parts(partial[r], pass.padded).max,
                    maxima + r * granules_most, rescale + r * granules_most);
   }
   for (std::size_t i = 0; i < factors; i += lanes) store(rescale + i, exp2(load(rescale + i)));
   for (std::size_t r = 0; r < line_count; ++r) {
-    weigh_line(weights + r * pass_tokens, visible, maxima + r * granules_most,
+    weigh_line(weights + r * pass_tokens, visible.end, maxima + r * granules_most,
                rescale + r * granules_most, parts(partial[r], pass.padded).sums);
   }
 
@@ -266,8 +287,8 @@ void fold_tile(const Pass& pass, std::size_t first_line, std::uint32_t visible) 
 }
 
 // Cuts lines into tiles of nearly equal size.
-void fold_lines(const Pass& pass, std::size_t first, std::size_t end, std::uint32_t visible) {
-  constexpr void (*fold[tile_lines])(const Pass&, std::size_t, std::uint32_t) = {
+void fold_lines(const Pass& pass, std::size_t first, std::size_t end, Seen visible) {
+  constexpr void (*fold[tile_lines])(const Pass&, std::size_t, Seen) = {
       fold_tile<1>, fold_tile<2>, fold_tile<3>, fold_tile<4>, fold_tile<5>, fold_tile<6>};
   for (std::size_t tiles = (end - first + tile_lines - 1) / tile_lines; tiles > 0; --tiles) {
     const std::size_t count = (end - first + tiles - 1) / tiles;
@@ -332,6 +353,7 @@ Pass lay_out(const FoldTask& task, float* scratch, std::size_t lines) {
   Pass pass{};
   pass.dim = task.shape->head_dim;
   pass.padded = padded_dim(task.shape->head_dim);
+  pass.cap = task.shape->soft_cap * log2_e;
   pass.keys = scratch;
   pass.values = pass.keys + pass_tokens * pass.dim;
   pass.weights = pass.values + pass_tokens * pass.padded;
@@ -341,21 +363,34 @@ Pass lay_out(const FoldTask& task, float* scratch, std::size_t lines) {
   return pass;
 }
 
-// One pass: rows whose position lies inside it see a part each, those beyond all of it.
+// What the row at `position` sees of the tokens [begin, end); empty where its end is 0.
+PIE_INLINE Seen seen_by(const AttentionShape& shape, std::uint32_t position, std::uint32_t begin,
+                        std::uint32_t end) {
+  const std::uint32_t first = first_seen(shape, position);
+  if (position < begin || first >= end) return {};
+  const std::uint32_t seen_end = position + 1 < end ? position + 1 : end;
+  return {first > begin ? first - begin : 0, seen_end - begin};
+}
+
+// One pass: rows next to each other that see the same of it go together.
 template <DType dtype>
 void fold_pass(const FoldTask& task, const Pass& pass, std::uint32_t begin, std::uint32_t end) {
-  const std::uint32_t group = task.shape->query_heads / task.shape->kv_heads;
+  const AttentionShape& shape = *task.shape;
+  const std::size_t group = shape.query_heads / shape.kv_heads;
   const std::uint32_t position = task.work->position;
-  std::uint32_t row = task.row_begin;
-  if (position + row < begin) row = begin - position;
   unpack<dtype>(task, pass, begin, end);
-  for (; row < task.row_end && position + row + 1 < end; ++row) {
-    const std::size_t line = std::size_t{row - task.row_begin} * group;
-    fold_lines(pass, line, line + group, position + row + 1 - begin);
+  for (std::uint32_t row = task.row_begin; row < task.row_end;) {
+    const Seen seen = seen_by(shape, position + row, begin, end);
+    std::uint32_t next = row + 1;
+    for (; next < task.row_end; ++next) {
+      const Seen other = seen_by(shape, position + next, begin, end);
+      if (other.first != seen.first || other.end != seen.end) break;
+    }
+    if (seen.end > 0) {
+      fold_lines(pass, (row - task.row_begin) * group, (next - task.row_begin) * group, seen);
+    }
+    row = next;
   }
-  const std::size_t line = std::size_t{row - task.row_begin} * group;
-  const std::size_t lines = std::size_t{task.row_end - task.row_begin} * group;
-  if (line < lines) fold_lines(pass, line, lines, end - begin);
 }
 
 template <DType dtype>
@@ -403,11 +438,23 @@ void write_row(const float* values, V factor, std::size_t dim, std::byte* out) {
   }
 }
 
-float finish(const AttentionShape& shape, const float* state, std::byte* out) {
+// A sink is one score more in the sum, without a value.
+void add_sink(float* whole, std::size_t padded, float sink) {
+  const Partial at = parts(whole, padded);
+  const float score = sink * log2_e;
+  const float max = *at.max > score ? *at.max : score;
+  const V factor = exp2(splat(*at.max - max));
+  for (std::size_t i = 0; i < padded + 16; i += lanes) store(whole + i, load(whole + i) * factor);
+  at.sums[0] += exp2(splat(score - max))[0];
+  *at.max = max;
+}
+
+float finish(const AttentionShape& shape, std::uint32_t head, const float* state, std::byte* out) {
   const std::size_t padded = padded_dim(shape.head_dim);
   float whole[256 + 32];
   std::memcpy(whole, state + padded + 32, (padded + 17) * sizeof(float));
   merge(whole, state, padded);
+  if (shape.sinks != nullptr) add_sink(whole, padded, shape.sinks[head]);
   const Partial at = parts(whole, padded);
   float sum = 0;
   for (int i = 0; i < 16; ++i) sum += at.sums[i];

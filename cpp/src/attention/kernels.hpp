@@ -38,6 +38,12 @@ inline constexpr std::uint32_t pass_tokens = 64;
 // its opposite so that an overflow to infinity cannot become inf - inf.
 inline constexpr float lowest_max = -3e38F;
 
+// The first token that the row at `position` sees.
+[[nodiscard]] constexpr std::uint32_t first_seen(const AttentionShape& shape,
+                                                 std::uint32_t position) {
+  return shape.window == 0 || position < shape.window ? 0 : position - shape.window + 1;
+}
+
 // Rows [row_begin, row_end) of one item and one KV head, over tokens [token_begin, token_end).
 // "Lines" are the (row, query head) pairs that share the KV head, rows slowest.
 struct FoldTask {
@@ -66,7 +72,8 @@ struct Kernels {
   // The segment after that of `state` (one head of one row) is the one in `partial`.
   void (*advance)(std::uint32_t head_dim, float* state, const float* partial) = nullptr;
   // Writes one head of one row; returns its log-sum-exp.
-  float (*finish)(const AttentionShape& shape, const float* state, std::byte* out) = nullptr;
+  float (*finish)(const AttentionShape& shape, std::uint32_t head, const float* state,
+                  std::byte* out) = nullptr;
 };
 
 extern const Kernels portable_kernels;

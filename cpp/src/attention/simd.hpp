@@ -89,6 +89,20 @@ PIE_INLINE V exp2(V x) {
   return x < splat(-126.0F) ? V{} : scaled;
 }
 
+// tanh(x), within 3e-7 of its size: its series near 0, (1 - e) / (1 + e) with e = exp(-2 |x|)
+// beyond.
+PIE_INLINE V tanh(V x) {
+  const V size = x < V{} ? -x : x;
+  const V e = exp2(size * splat(-2.88539008F));
+  const V far = (splat(1.0F) - e) / (splat(1.0F) + e);
+  const V square = x * x;
+  V p = fma(splat(0x1.664f48p-6F), square, splat(-0x1.ba1ba2p-5F));
+  p = fma(p, square, splat(0x1.111112p-3F));
+  p = fma(p, square, splat(-0x1.555556p-2F));
+  const V near = fma(p * square, x, x);
+  return size < splat(0.25F) ? near : (x < V{} ? -far : far);
+}
+
 // Four-float lanes at `from`, `from` + stride, ... joined to one vector. Stride in bytes.
 PIE_INLINE V join_lanes(const std::byte* from, std::size_t stride) {
   const auto* f = reinterpret_cast<const float*>(from);
