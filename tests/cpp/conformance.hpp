@@ -118,14 +118,34 @@ TYPED_TEST_P(BackendConformance, SaysWhatItHas) {
   }
 }
 
-TYPED_TEST_P(BackendConformance, PoolGrowsAndNeverShrinks) {
+TYPED_TEST_P(BackendConformance, TiersAreResizedBothWays) {
   const auto backend = TypeParam::open(4, 16);
-  EXPECT_EQ(backend->resize_pool(2), 2U);
-  EXPECT_EQ(backend->resize_pool(1), 2U);
-  EXPECT_EQ(backend->resize_pool(0), 2U);
-  EXPECT_EQ(backend->resize_pool(9), 9U);
-  EXPECT_EQ(backend->resize_pool(1000), 16U) << "no more than the capacity";
+  for (const std::uint32_t frames : {2U, 9U, 1U, 16U, 0U, 5U}) {
+    EXPECT_EQ(backend->resize_pool(frames), frames);
+  }
   EXPECT_EQ(backend->pool_refusal(), "");
+  for (const std::uint32_t frames : {4U, 1U, 3U, 4U}) {
+    EXPECT_EQ(backend->resize_device(frames), frames);
+  }
+  EXPECT_LE(backend->resize_device(0xfffffffe), backend->capabilities().device_frames_max);
+}
+
+TYPED_TEST_P(BackendConformance, WhatIsWithinTheNewSizeStays) {
+  const auto backend = TypeParam::open(4, 16);
+  ASSERT_EQ(backend->resize_pool(16), 16U);
+  fill(*backend, 1, 7);
+  ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{1, 3, 1}})));
+  EXPECT_EQ(backend->resize_pool(4), 4U);
+  EXPECT_EQ(backend->resize_device(2), 2U);
+  EXPECT_THROW(submit(*backend, to_device, {{0, 4, 1}}), LogicError);
+  EXPECT_THROW(submit(*backend, to_device, {{2, 3, 1}}), LogicError);
+  EXPECT_TRUE(holds(*backend, 1, 7));
+  ASSERT_TRUE(is_ok(finish(*backend, to_device, {{0, 3, 1}})));
+  EXPECT_TRUE(holds(*backend, 0, 7));
+  EXPECT_EQ(backend->resize_pool(16), 16U);
+  EXPECT_EQ(backend->resize_device(4), 4U);
+  ASSERT_TRUE(is_ok(finish(*backend, to_device, {{3, 3, 1}})));
+  EXPECT_TRUE(holds(*backend, 3, 7));
 }
 
 TYPED_TEST_P(BackendConformance, SingleFramesComeBack) {
@@ -338,9 +358,9 @@ TYPED_TEST_P(BackendConformance, CanBeDestroyedWhileCopiesAreInFlight) {
   }
 }
 
-REGISTER_TYPED_TEST_SUITE_P(BackendConformance, SaysWhatItHas, PoolGrowsAndNeverShrinks,
-                            SingleFramesComeBack, RunsComeBack, OneTicketHasManyCopies,
-                            TicketWithoutCopiesEnds, EveryTicketEndsOnce,
+REGISTER_TYPED_TEST_SUITE_P(BackendConformance, SaysWhatItHas, TiersAreResizedBothWays,
+                            WhatIsWithinTheNewSizeStays, SingleFramesComeBack, RunsComeBack,
+                            OneTicketHasManyCopies, TicketWithoutCopiesEnds, EveryTicketEndsOnce,
                             TicketsCountUpWithinTheirLane, DependentTicketsSeeWhatTheyWaitFor,
                             OneTicketWaitsForSeveral, WaitsForATicketThatWasPolledLongAgo,
                             RefusesFramesOutOfRange, RefusesToWaitForWhatWasNeverSubmitted,

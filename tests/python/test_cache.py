@@ -618,3 +618,43 @@ def test_what_is_no_tensor_is_refused(cache):
     _, k, v = random_rows(1)
     with pytest.raises(pie.LogicError, match="q is a list"), cache.step([(sequence, 1)]) as step:
         step.attend(0, [1.0], k, v)
+
+
+def run_steps(cache, entries) -> None:
+    """Three, since what is on the device already needs no reading."""
+    for _ in range(3):
+        run_step(cache, entries)
+
+
+def pool_file_of(directory: Path) -> Path:
+    files = [Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    return next(f for f in files if f.exists() and str(f.resolve()).startswith(str(directory)))
+
+
+def test_a_garbled_frame_fails_its_sequence_and_no_other(tmp_path):
+    with make(TIGHT, policy="fixed:1", pool_dir=tmp_path, block_tokens=16) as cache:
+        bad, good = cache.add(), cache.add()
+        for sequence, value in ((bad, 1.5), (good, 2.5)):
+            with cache.step([(sequence, 200)]) as step:
+                for layer in range(LAYERS):
+                    rows = torch.full((200, KV_HEADS, HEAD_DIM), value)
+                    step.attend(layer, torch.randn(200, QUERY_HEADS, HEAD_DIM), rows, rows)
+        while cache.stats().written_bytes < cache.stats().kv_bytes * 0.9:
+            run_step(cache, [(good, 1)])
+        with pool_file_of(tmp_path).open("r+b") as file:
+            content = file.read()
+            at = content.find(torch.tensor([1.5]).numpy().tobytes() * 64)
+            file.seek(at)
+            file.write(b"?")
+            file.flush()
+            os.fsync(file.fileno())
+        for _ in range(2):
+            with pytest.raises(pie.IoError, match="not the data written") as failure:
+                run_steps(cache, [(good, 1), (bad, 1)])
+            assert failure.value.sequence == bad
+        assert cache.length(bad) < 203
+        for _ in range(3):
+            run_step(cache, [(good, 1)])
+        cache.free(bad)
+        run_step(cache, [(good, 1)])
+        cache.check()

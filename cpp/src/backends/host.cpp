@@ -8,6 +8,7 @@
 // Frames are equally far apart in both tiers and every address is as aligned as direct I/O wants
 // it, so a run of frames is one contiguous transfer into the arena with no copy in between.
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -20,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "checksum.hpp"
 #include "pie/backends.hpp"
 #include "pie/error.hpp"
 #include "pool_file.hpp"
@@ -39,21 +41,22 @@ constexpr Bytes huge_page_bytes = Bytes{2} << 20;
 // A single wait below never exceeds this, so that no sum of times overflows.
 constexpr Nanos wait_ns_max = Nanos{60} * 1'000'000'000;
 
-// Private memory on huge pages. A page takes memory from the first time it is used; until then it
-// is address space alone. Children of a fork do not get it: transfers may be on their way into it.
+// Private memory on huge pages, which may grow in place to `bytes_max`. A page takes memory from
+// the first time it is used; until then it is address space alone. Children of a fork do not get
+// it: transfers may be on their way into it.
 class Arena {
  public:
-  explicit Arena(Bytes bytes) : mapped_(bytes + huge_page_bytes) {
-    base_ = ::mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base_ == MAP_FAILED) {
-      throw CapacityError("device tier: " + std::to_string(bytes) +
-                          " bytes of memory were asked for and cannot be mapped: " +
-                          std::generic_category().message(errno) + ". Ask for fewer device_bytes.");
-    }
+  Arena(Bytes bytes, Bytes bytes_max) : mapped_(bytes_max + huge_page_bytes) {
+    base_ = ::mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (base_ == MAP_FAILED) refuse(bytes);
     const auto address = reinterpret_cast<std::uintptr_t>(base_);
     start_ = static_cast<std::byte*>(base_) + (round_up(address, huge_page_bytes) - address);
     ::madvise(base_, mapped_, MADV_HUGEPAGE);
     ::madvise(base_, mapped_, MADV_DONTFORK);
+    if (!open(bytes)) {
+      ::munmap(base_, mapped_);
+      refuse(bytes);
+    }
   }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
@@ -61,7 +64,27 @@ class Arena {
 
   [[nodiscard]] std::byte* start() const { return start_; }
 
+  // Makes the first `bytes` usable; false, with errno set, where the system refuses.
+  [[nodiscard]] bool open(Bytes bytes) const {
+    return ::mprotect(start_, bytes, PROT_READ | PROT_WRITE) == 0;
+  }
+
+  // Gives back the pages from `begin` to `end`, but for those that hold what lies before or after;
+  // they read as zeros.
+  void give_back(Bytes begin, Bytes end) const {
+    const auto page = static_cast<Bytes>(::sysconf(_SC_PAGESIZE));
+    const Bytes first = round_up(begin, page);
+    const Bytes last = end / page * page;
+    if (first < last) ::madvise(start_ + first, last - first, MADV_DONTNEED);
+  }
+
  private:
+  [[noreturn]] static void refuse(Bytes bytes) {
+    throw CapacityError("device tier: " + std::to_string(bytes) +
+                        " bytes of memory were asked for and cannot be mapped: " +
+                        std::generic_category().message(errno) + ". Ask for fewer device_bytes.");
+  }
+
   Bytes mapped_;
   void* base_ = nullptr;
   std::byte* start_ = nullptr;
@@ -105,24 +128,37 @@ class HostBackend final : public Backend {
  public:
   HostBackend(Capabilities capabilities, Pool pool)
       : capabilities_(std::move(capabilities)),
-        arena_(capabilities_.device_frames * capabilities_.frame_stride),
+        arena_(capabilities_.device_frames * capabilities_.frame_stride,
+               capabilities_.device_frames_max * capabilities_.frame_stride),
+        device_frames_(capabilities_.device_frames),
         file_(std::move(pool.file)),
         io_(std::move(pool.io)) {}
 
   [[nodiscard]] Capabilities capabilities() const override { return capabilities_; }
   [[nodiscard]] Nanos now() const override { return clock_ns(); }
 
-  std::uint32_t resize_device(std::uint32_t /*frames*/) override {
-    return capabilities_.device_frames;
+  std::uint32_t resize_device(std::uint32_t frames) override {
+    const Bytes stride = capabilities_.frame_stride;
+    const std::uint32_t asked = std::min(frames, capabilities_.device_frames_max);
+    require(!is_in_flight(asked, no_frame), "resize_device: a copy uses a frame to give up");
+    if (asked < device_frames_) arena_.give_back(asked * stride, device_frames_ * stride);
+    if (asked <= device_frames_ || arena_.open(asked * stride)) device_frames_ = asked;
+    return device_frames_;
   }
 
   std::uint32_t resize_pool(std::uint32_t frames) override {
-    const std::uint32_t asked = std::min(frames, capabilities_.pool_frames);
-    if (asked <= pool_frames_) return pool_frames_;
+    if (file_ == nullptr) return 0;
     const Bytes stride = capabilities_.frame_stride;
-    const Bytes bytes = file_->grow(asked * stride, capabilities_.pool_frames * stride);
-    pool_frames_ =
-        std::max(pool_frames_, std::min(asked, static_cast<std::uint32_t>(bytes / stride)));
+    if (frames > pool_frames_) {
+      const Bytes bytes = file_->grow(frames * stride);
+      pool_frames_ = std::max(pool_frames_,
+                              static_cast<std::uint32_t>(std::min<Bytes>(frames, bytes / stride)));
+    } else if (frames < pool_frames_) {
+      require(!is_in_flight(no_frame, frames), "resize_pool: a copy uses a frame to give up");
+      file_->shrink(frames * stride);
+      pool_frames_ = frames;
+    }
+    checksums_.resize(pool_frames_);
     return pool_frames_;
   }
 
@@ -148,7 +184,7 @@ class HostBackend final : public Backend {
   void compute(ComputeStream /*stream*/, Work /*work*/) override {}
 
   [[nodiscard]] std::byte* address(FrameIndex device_frame) const override {
-    require(device_frame < capabilities_.device_frames, "address: no such device frame");
+    require(device_frame < device_frames_, "address: no such device frame");
     return arena_.start() + device_frame * capabilities_.frame_stride;
   }
 
@@ -178,29 +214,49 @@ class HostBackend final : public Backend {
   }
 
   void require_in_range(const Copy& copy) const;
+  [[nodiscard]] bool is_in_flight(FrameIndex device_from, FrameIndex pool_from) const;
+  template <typename Visitor>
+  void for_each_frame(const Batch& batch, const Visitor& visitor) const;
+  void note_checksums(const Batch& batch);
+  [[nodiscard]] bool is_as_written(const Batch& batch) const;
   void pump();
   void account();
   void start_ready(Lane lane);
   bool is_held(Batch& batch) const;
   void start_segments(Ticket ticket, Batch& batch);
-  void end(Ticket ticket, const Batch& batch);
+  void end(Ticket ticket, Batch batch);
+  void complete(Ticket ticket, const Batch& batch);
 
   const Capabilities capabilities_;
   Arena arena_;
+  std::uint32_t device_frames_;  // usable now
   std::unique_ptr<PoolFile> file_;
   std::unique_ptr<SegmentIo> io_;  // goes first: it waits for transfers in the arena and the file
   std::uint32_t pool_frames_ = 0;  // usable now
+  std::vector<std::uint64_t> checksums_;  // by pool frame, of what was last written; 0: nothing was
   std::array<LaneState, 2> lanes_;
-  std::deque<Completion> completions_;    // not yet polled
-  std::vector<SegmentEnd> segment_ends_;  // empty between calls; kept for its memory
+  std::vector<std::pair<Ticket, Batch>> ended_;  // empty between calls
+  std::deque<Completion> completions_;           // not yet polled
+  std::vector<SegmentEnd> segment_ends_;         // empty between calls; kept for its memory
 };
 
 void HostBackend::require_in_range(const Copy& copy) const {
-  require(copy.device_first < capabilities_.device_frames &&
-              copy.count <= capabilities_.device_frames - copy.device_first,
+  require(copy.device_first < device_frames_ && copy.count <= device_frames_ - copy.device_first,
           "submit: a copy reaches beyond the device frames there are");
   require(copy.pool_first < pool_frames_ && copy.count <= pool_frames_ - copy.pool_first,
           "submit: a copy reaches beyond the pool frames that resize_pool has made usable");
+}
+
+// Whether a copy uses a device frame or a pool frame at or above these.
+bool HostBackend::is_in_flight(FrameIndex device_from, FrameIndex pool_from) const {
+  const auto reaches = [&](const Copy& copy) {
+    return copy.device_first + copy.count > device_from || copy.pool_first + copy.count > pool_from;
+  };
+  return std::ranges::any_of(lanes_, [&](const LaneState& lane) {
+    return std::ranges::any_of(lane.live, [&](const auto& live) {
+      return std::ranges::any_of(live.second.copies, reaches);
+    });
+  });
 }
 
 Ticket HostBackend::submit(Lane lane, std::span<const Copy> copies, std::span<const Dep> after) {
@@ -215,6 +271,7 @@ Ticket HostBackend::submit(Lane lane, std::span<const Copy> copies, std::span<co
     require(was_issued(dep.ticket), "submit: waits for a ticket that was never submitted");
     if (dep.ticket.id != 0) batch.after.push_back(dep.ticket);
   }
+  if (lane == Lane::device_to_pool) note_checksums(batch);
   const Ticket ticket{lane, ++state(lane).issued};
   state(lane).live.emplace(ticket.id, std::move(batch));
   pump();
@@ -242,11 +299,14 @@ void HostBackend::wait(Nanos timeout_ns) {
   }
 }
 
-// Takes note of what ended, then starts what can be started. Never blocks.
+// Takes note of what ended, then starts what can be started, and looks at what came while that is
+// under way. Never blocks.
 void HostBackend::pump() {
   if (io_ == nullptr) return;
   account();
   for (const Lane lane : lanes_by_urgency) start_ready(lane);
+  for (const auto& [ticket, batch] : ended_) complete(ticket, batch);
+  ended_.clear();
 }
 
 void HostBackend::account() {
@@ -260,7 +320,7 @@ void HostBackend::account() {
     batch.ended = std::max(batch.ended, segment.ended);
     if (batch.error == 0) batch.error = segment.error;
     if (batch.in_flight > 0 || !batch.all_started()) continue;
-    end({segment.lane, segment.ticket_id}, batch);
+    end({segment.lane, segment.ticket_id}, std::move(batch));
     lane.live.erase(found);
   }
   segment_ends_.clear();
@@ -279,7 +339,7 @@ void HostBackend::start_ready(Lane lane) {
       continue;
     }
     batch.began = batch.ended = clock_ns();
-    end({lane, id}, batch);
+    end({lane, id}, std::move(batch));
     it = live.erase(it);
   }
 }
@@ -316,10 +376,41 @@ void HostBackend::start_segments(Ticket ticket, Batch& batch) {
   }
 }
 
-void HostBackend::end(Ticket ticket, const Batch& batch) {
+void HostBackend::end(Ticket ticket, Batch batch) {
   if (batch.error != 0) state(ticket.lane).failed.emplace(ticket.id, batch.error);
-  const Status status = batch.error == 0 ? Status::ok : Status::failed;
+  ended_.emplace_back(ticket, std::move(batch));
+}
+
+void HostBackend::complete(Ticket ticket, const Batch& batch) {
+  Status status = batch.error == 0 ? Status::ok : Status::failed;
+  const bool loaded = status == Status::ok && ticket.lane == Lane::pool_to_device;
+  if (loaded && !is_as_written(batch)) status = Status::corrupt;
   completions_.push_back({ticket, status, batch.error, batch.began, batch.ended});
+}
+
+template <typename Visitor>
+void HostBackend::for_each_frame(const Batch& batch, const Visitor& visitor) const {
+  for (const Copy& copy : batch.copies) {
+    for (std::uint32_t i = 0; i < copy.count; ++i) {
+      visitor(address(copy.device_first + i), copy.pool_first + i);
+    }
+  }
+}
+
+// A frame does not change from the submission of its write to the end of it.
+void HostBackend::note_checksums(const Batch& batch) {
+  for_each_frame(batch, [&](const std::byte* frame, FrameIndex pool) {
+    checksums_[pool] = checksum_of(frame, capabilities_.frame_stride);
+  });
+}
+
+bool HostBackend::is_as_written(const Batch& batch) const {
+  bool same = true;
+  for_each_frame(batch, [&](const std::byte* frame, FrameIndex pool) {
+    const std::uint64_t written = checksums_[pool];
+    same = same && (written == 0 || written == checksum_of(frame, capabilities_.frame_stride));
+  });
+  return same;
 }
 
 // The best way that works, or the one that was named. Throws ConfigError where that one does not.
@@ -372,7 +463,11 @@ std::unique_ptr<Backend> open_host(const HostOptions& options) {
   capabilities.frame_stride = round_up(options.frame_bytes, alignment);
   capabilities.device_frames =
       frames_in(options.device_bytes, capabilities.frame_stride, "device_bytes");
-  capabilities.device_frames_max = capabilities.device_frames;
+  // What the machine has is as far as the arena can ever grow.
+  const auto memory =
+      static_cast<Bytes>(::sysconf(_SC_PHYS_PAGES)) * static_cast<Bytes>(::sysconf(_SC_PAGESIZE));
+  capabilities.device_frames_max = static_cast<std::uint32_t>(std::clamp<Bytes>(
+      memory / capabilities.frame_stride, capabilities.device_frames, no_frame - 1));
   if (pool.file != nullptr) {
     capabilities.pool_frames =
         frames_in(options.pool_bytes, capabilities.frame_stride, "pool_bytes");

@@ -142,19 +142,22 @@ PoolFile::PoolFile(const std::string& dir, bool direct, Bytes frame_bytes) : dir
 
 PoolFile::~PoolFile() { ::close(descriptor_); }
 
-Bytes PoolFile::grow(Bytes asked, Bytes limit) {
+Bytes PoolFile::grow(Bytes asked) {
   refusal_.clear();
-  while (bytes_ < asked) {
-    if (extend(std::min(limit, bytes_ + chunk_bytes)) == 0) continue;
-    const int error = extend(asked);
-    if (error == 0) break;
+  const int error = asked > bytes_ ? extend(asked) : 0;
+  if (error != 0) {
     refusal_ = "the pool file in '" + dir_ + "' cannot grow from " + std::to_string(bytes_) +
                " to " + std::to_string(asked) + " bytes: " + describe(error) + " (" +
                std::to_string(free_disk_bytes(dir_)) +
                " bytes are free there). Free some, or name another pool_dir or a smaller pool.";
-    break;
   }
   return bytes_;
+}
+
+void PoolFile::shrink(Bytes bytes) {
+  if (bytes >= bytes_) return;
+  cut(descriptor_, bytes);
+  bytes_ = bytes;
 }
 
 int PoolFile::extend(Bytes to) {

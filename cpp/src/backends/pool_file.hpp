@@ -21,9 +21,11 @@ class PoolFile {
   PoolFile& operator=(const PoolFile&) = delete;
   ~PoolFile();
 
-  // Grows to hold at least `asked` bytes and, to be asked less often, up to `limit` by whole
-  // chunks. Returns the bytes there are, which are fewer than asked where the disk refuses.
-  Bytes grow(Bytes asked, Bytes limit);
+  // Grows to `asked` bytes. Returns the bytes there are, which are fewer where the disk refuses.
+  Bytes grow(Bytes asked);
+
+  // Gives back to the disk what lies beyond `bytes`.
+  void shrink(Bytes bytes);
 
   // Why the last growth fell short; empty where it did not.
   [[nodiscard]] const std::string& refusal() const { return refusal_; }
