@@ -1,32 +1,66 @@
-// The reference a cache is compared with: every K and V element is a function of what names it, so
-// a block that ends up in the wrong place, or stale, cannot go unseen.
+// The reference a cache is compared with: a sequence is a list of salts, one a token, and all that
+// the cache holds is a function of what names it, so a block that ends up in the wrong place, or
+// stale, cannot go unseen.
+//
+// The model makes the calls, knows what may come of them, and throws Mismatch where anything else
+// does. It reads a step in each way there is: a kernel of its own that stamps every token (cheap:
+// for long runs), attention against float64, gathering, tables of frames.
 #pragma once
 
-#include <gtest/gtest.h>
-
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <map>
 #include <memory>
+#include <random>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "memory_backend.hpp"
+#include "pie/backends.hpp"
 #include "pie/cache.hpp"
 #include "pie/error.hpp"
+#include "proxy_backend.hpp"
 
 namespace pie::testing {
 
 inline constexpr std::uint32_t kv_heads = 2;
 inline constexpr std::uint32_t query_heads = 4;
 inline constexpr std::uint32_t head_dim = 8;
+inline constexpr std::uint32_t block_tokens = 16;
 
 inline Geometry small_geometry(std::uint32_t layers) {
-  return {layers, kv_heads, head_dim, 16, DType::f32};
+  return {layers, kv_heads, head_dim, block_tokens, DType::f32};
 }
 
-// The value a K (or V) element has: a function of everything that names it, so a block that ends up
-// in the wrong place cannot go unseen. `salt` makes appends after a truncation differ.
+// A machine whose copies end in any order that their dependencies allow.
+inline SimOptions small_machine(const Geometry& geometry, std::uint32_t device_frames,
+                                std::uint32_t pool_frames) {
+  SimOptions options;
+  options.device_frames = device_frames;
+  options.pool_frames = pool_frames;
+  options.frame_bytes = geometry.frame_bytes();
+  options.copy_bytes_best = 4 * options.frame_bytes;
+  options.load = {.bytes_per_s = 1e9,
+                  .latency_ns = 1'000,
+                  .jitter_ns = 100'000,
+                  .overhead_ns = 100,
+                  .copies_at_once = 64};
+  options.write = options.load;
+  return options;
+}
+
+// What the cache did and should not have done.
+struct Mismatch : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+inline void expect(bool holds, const std::string& what) {
+  if (!holds) throw Mismatch(what);
+}
+
+// The value of a K (or V) element. `salt` makes appends after a truncation differ.
 inline float value(std::uint64_t salt, std::uint32_t layer, std::uint32_t token, std::uint32_t head,
                    std::uint32_t d, bool v) {
   std::uint64_t x =
@@ -37,21 +71,174 @@ inline float value(std::uint64_t salt, std::uint32_t layer, std::uint32_t token,
   return static_cast<float>(x % 4096) / 2048.0F - 1.0F;
 }
 
+// What a token is stamped with in one layer.
+inline std::uint64_t stamp(std::uint32_t salt, std::uint32_t layer, std::uint32_t token) {
+  return (std::uint64_t{salt} << 32U | token) * 0x9e3779b97f4a7c15ULL + layer;
+}
+
+using Salts = std::vector<std::uint32_t>;  // per token, the step that wrote it
+
+// One sequence of the step that runs.
+struct Entry {
+  SequenceId id = 0;
+  const Salts* salts = nullptr;  // of the tokens before the step
+  std::uint32_t new_tokens = 0;
+  std::uint32_t first_row = 0;
+  std::uint32_t salt = 0;  // of the new tokens
+
+  [[nodiscard]] std::uint32_t position() const { return static_cast<std::uint32_t>(salts->size()); }
+  [[nodiscard]] std::uint32_t end() const { return position() + new_tokens; }
+  [[nodiscard]] std::uint32_t at(std::uint32_t token) const {
+    return token < salts->size() ? (*salts)[token] : salt;
+  }
+  // The first token of the first block that the entry's rows see through a window.
+  [[nodiscard]] std::uint32_t begin(std::uint32_t window) const {
+    return Geometry::first_seen(position(), window) / block_tokens * block_tokens;
+  }
+};
+
+// Stamps what it stores and compares the stamps of what it reads, at once or, where compute runs on
+// a stream, when the stream gets there. What a step that was aborted read does not matter.
+class StampKernel final : public LayerKernel {
+ public:
+  StampKernel(const Geometry& geometry, SimBackend* streams) : geometry_(geometry), sim_(streams) {}
+
+  void begin_step(const std::vector<Entry>& entries) {
+    entries_ = &entries;
+    aborted_ = std::make_shared<bool>(false);
+  }
+  void begin_layer(std::uint32_t layer) {
+    layer_ = layer;
+    read_.clear();
+    for (const Entry& entry : *entries_) read_.push_back(entry.begin(geometry_.window(layer)));
+  }
+  void end_layer() const {
+    for (std::size_t i = 0; i < read_.size(); ++i) {
+      expect(read_[i] == (*entries_)[i].end(), "a layer ended with blocks not read");
+    }
+  }
+  void abort() { *aborted_ = true; }
+
+  // What a stream found; empty where all was well.
+  [[nodiscard]] const std::string& failure() const { return *failure_; }
+
+  void store(std::byte* frame, std::uint32_t token, std::uint32_t rows,
+             std::uint32_t row) override {
+    const Entry& entry = entry_of(row);
+    const std::uint32_t position = entry.position() + row - entry.first_row;
+    expect(position % block_tokens == token && row + rows <= entry.first_row + entry.new_tokens,
+           "rows are stored where they do not belong");
+    const auto body = [=, salt = entry.salt, layer = layer_] {
+      for (std::uint32_t i = 0; i < rows; ++i) {
+        const std::uint64_t mark = stamp(salt, layer, position + i);
+        std::memcpy(frame + (token + i) * sizeof mark, &mark, sizeof mark);
+      }
+    };
+    if (sim_ == nullptr) return body();
+    sim_->launch({}, {store_ns}, body);
+  }
+
+  void attend(std::uint32_t layer, std::span<const KvPiece> pieces) override {
+    expect(layer == layer_, "another layer is read than the one that runs");
+    for (const KvPiece& piece : pieces) {
+      check_place(piece);
+      const Entry& entry = (*entries_)[piece.entry];
+      const std::uint32_t blocks =
+          (piece.kv_end - piece.kv_begin + block_tokens - 1) / block_tokens;
+      for (std::uint32_t b = 0; b < blocks; ++b) {
+        const std::uint32_t token = piece.kv_begin + b * block_tokens;
+        check_block(entry, piece.frames[b], token, std::min(block_tokens, piece.kv_end - token));
+      }
+    }
+  }
+
+ private:
+  static constexpr Nanos store_ns = 500;
+  static constexpr Nanos read_ns = 3'000;  // a block
+
+  [[nodiscard]] const Entry& entry_of(std::uint32_t row) const {
+    const auto after = [](std::uint32_t r, const Entry& entry) { return r < entry.first_row; };
+    return *(std::upper_bound(entries_->begin(), entries_->end(), row, after) - 1);
+  }
+
+  void check_place(const KvPiece& piece) {
+    expect(piece.entry < entries_->size(), "a piece is of no sequence of the batch");
+    const Entry& entry = (*entries_)[piece.entry];
+    expect(piece.sequence == entry.id && piece.first_row == entry.first_row &&
+               piece.rows == entry.new_tokens && piece.position == entry.position(),
+           "a piece's rows are not those of the batch");
+    std::uint32_t& next = read_[piece.entry];
+    expect(piece.kv_begin == next && piece.kv_begin < piece.kv_end && piece.kv_end <= entry.end(),
+           "pieces leave a gap, or repeat");
+    expect(piece.first == (next == entry.begin(geometry_.window(layer_))) &&
+               piece.last == (piece.kv_end == entry.end()),
+           "a piece's ends are marked wrongly");
+    next = piece.kv_end;
+  }
+
+  void check_block(const Entry& entry, const std::byte* frame, std::uint32_t token,
+                   std::uint32_t count) {
+    std::array<std::uint64_t, block_tokens> want;
+    for (std::uint32_t i = 0; i < count; ++i) {
+      want[i] = stamp(entry.at(token + i), layer_, token + i);
+    }
+    if (sim_ == nullptr) {
+      expect(same(frame, want, count), told(entry.id, layer_, token));
+      return;
+    }
+    sim_->launch({}, {read_ns},
+                 [=, id = entry.id, layer = layer_, aborted = aborted_, failure = failure_] {
+                   if (!*aborted && failure->empty() && !same(frame, want, count)) {
+                     *failure = told(id, layer, token);
+                   }
+                 });
+  }
+
+  static bool same(const std::byte* frame, const std::array<std::uint64_t, block_tokens>& want,
+                   std::uint32_t count) {
+    return std::memcmp(frame, want.data(), count * sizeof want[0]) == 0;
+  }
+
+  static std::string told(SequenceId id, std::uint32_t layer, std::uint32_t token) {
+    return "sequence " + std::to_string(id) + ", layer " + std::to_string(layer) +
+           ": the block of token " + std::to_string(token) + " does not hold what was stored";
+  }
+
+  Geometry geometry_;
+  SimBackend* sim_;  // null where the caller computes
+  const std::vector<Entry>* entries_ = nullptr;
+  std::uint32_t layer_ = 0;
+  std::vector<std::uint32_t> read_;  // by entry: tokens up to here were read in this layer
+  std::shared_ptr<bool> aborted_;
+  std::shared_ptr<std::string> failure_ = std::make_shared<std::string>();
+};
+
 // One cache under test and what it should hold.
 class Model {
  public:
-  Model(std::uint32_t layers, const std::string& policy, std::unique_ptr<Backend> backend)
-      : layers_(layers),
-        backend_(dynamic_cast<MemoryBackend*>(backend.get())),
-        cache_(std::make_unique<TieredCache>(small_geometry(layers), policy, std::move(backend))) {}
+  Model(const Geometry& geometry, const std::string& policy, std::unique_ptr<Backend> backend)
+      : geometry_(geometry),
+        proxy_(dynamic_cast<ProxyBackend*>(backend.get())),
+        streams_(backend->capabilities().streams),
+        kernel_(geometry, streams_ ? &sim() : nullptr),
+        random_(geometry.layers),
+        cache_(std::make_unique<TieredCache>(geometry, policy, std::move(backend))) {}
 
-  Model(std::uint32_t layers, const std::string& policy, const MemoryOptions& options)
-      : Model(layers, policy, std::make_unique<MemoryBackend>(options)) {}
+  Model(const Geometry& geometry, const std::string& policy, const SimOptions& options)
+      : Model(geometry, policy, std::make_unique<ProxyBackend>(open_sim(options))) {}
 
   SequenceId add() {
     const SequenceId id = cache_->add();
+    expect(!salts_.contains(id), "an id was given twice");
     salts_[id] = {};
     return id;
+  }
+
+  SequenceId fork(SequenceId id) {
+    const SequenceId twin = cache_->fork(id);
+    expect(!salts_.contains(twin), "an id was given twice");
+    salts_[twin] = salts_.at(id);
+    return twin;
   }
 
   void free(SequenceId id) {
@@ -59,146 +246,253 @@ class Model {
     salts_.erase(id);
   }
 
+  // Refused (LogicError) where a window has given back what the next token would see, and only
+  // there.
   void truncate(SequenceId id, std::uint32_t tokens) {
     try {
       cache_->truncate(id, tokens);
-    } catch (...) {
-      // What was to go may be gone; what was to stay is there.
-      ASSERT_GE(cache_->length(id), tokens);
-      salts_[id].resize(cache_->length(id));
+    } catch (const LogicError&) {
+      expect(!geometry_.windows.empty() && tokens < salts_.at(id).size(),
+             "a truncation was refused that no window forbids");
       throw;
     }
-    salts_[id].resize(tokens);
+    salts_.at(id).resize(tokens);
   }
 
-  // Runs a step and compares each layer with the reference; `layers_run` below `layers_` aborts.
-  void step(const std::vector<StepEntry>& batch, Reader reader, std::uint32_t layers_run) {
+  void resize(std::uint32_t device_frames, std::uint32_t pool_frames) {
+    const Bytes stride = geometry_.frame_bytes();
+    const Stats before = cache_->stats();
+    try {
+      cache_->resize(device_frames * stride, pool_frames * stride);
+    } catch (const CapacityError&) {
+      const Stats after = cache_->stats();
+      expect(after.device_bytes == before.device_bytes && after.pool_bytes == before.pool_bytes,
+             "a refused resize changed a budget");
+      throw;
+    }
+    const Stats after = cache_->stats();
+    expect(after.device_bytes == device_frames * stride && after.pool_bytes == pool_frames * stride,
+           "a resize gave other budgets than asked for");
+  }
+
+  // ---- a step, call by call
+
+  void begin(const std::vector<StepEntry>& batch, Reader reader) {
     cache_->begin(batch, reader);
-    const std::uint64_t salt = ++step_;
-    std::map<SequenceId, std::vector<std::uint64_t>> after = salts_;
+    reader_ = reader;
+    layer_ = 0;
+    ++step_;
+    entries_.clear();
+    std::uint32_t row = 0;
     for (const StepEntry& entry : batch) {
-      after[entry.sequence].resize(after[entry.sequence].size() + entry.new_tokens, salt);
+      entries_.push_back(
+          {entry.sequence, &salts_.at(entry.sequence), entry.new_tokens, row, step_});
+      row += entry.new_tokens;
     }
-    for (std::uint32_t layer = 0; layer < layers_run; ++layer)
-      run_layer(batch, after, layer, reader);
-    if (layers_run < layers_) {
-      cache_->abort();
-      return;
-    }
-    cache_->finish();
-    salts_ = std::move(after);
+    kernel_.begin_step(entries_);
   }
 
-  void check() {
+  // The next layer. An exception has ended the step.
+  void layer() {
+    const std::uint32_t layer = layer_++;
+    if (proxy_ != nullptr && !streams_) sim().compute({}, {static_cast<Nanos>(random_() % 60'000)});
+    try {
+      if (reader_ == Reader::kernel) {
+        kernel_.begin_layer(layer);
+        cache_->run(layer, kernel_);
+        kernel_.end_layer();
+      } else {
+        run_with_inputs(layer);
+      }
+    } catch (...) {
+      kernel_.abort();
+      throw;
+    }
+  }
+
+  void finish() {
+    try {
+      cache_->finish();
+    } catch (...) {
+      kernel_.abort();
+      throw;
+    }
+    for (const Entry& entry : entries_) {
+      Salts& salts = salts_.at(entry.id);
+      salts.insert(salts.end(), entry.new_tokens, entry.salt);
+    }
+    if (streams_ && random_() % 4 != 0) sim().synchronize({});
+  }
+
+  void abort() {
+    cache_->abort();
+    kernel_.abort();
+  }
+
+  // A whole step; `layers_run` below `layers()` aborts.
+  void step(const std::vector<StepEntry>& batch, Reader reader, std::uint32_t layers_run) {
+    begin(batch, reader);
+    for (std::uint32_t i = 0; i < layers_run; ++i) layer();
+    layers_run < geometry_.layers ? abort() : finish();
+  }
+
+  void check() const {
+    if (proxy_ != nullptr) proxy_->rest();
     cache_->check();
-    for (const auto& [id, salts] : salts_) ASSERT_EQ(cache_->length(id), salts.size());
+    for (const auto& [id, salts] : salts_) {
+      expect(cache_->length(id) == salts.size(),
+             "sequence " + std::to_string(id) + " has another length than it should");
+    }
+    expect(kernel_.failure().empty(), kernel_.failure());
   }
 
   TieredCache& cache() { return *cache_; }
-  MemoryBackend& backend() { return *backend_; }
-  [[nodiscard]] const std::map<SequenceId, std::vector<std::uint64_t>>& salts() const {
-    return salts_;
+  [[nodiscard]] SimBackend& sim() const { return proxy_->inner(); }
+  [[nodiscard]] std::uint64_t tickets() const {
+    return sim().counts(Lane::pool_to_device).tickets + sim().counts(Lane::device_to_pool).tickets;
   }
-  [[nodiscard]] std::uint32_t layers() const { return layers_; }
+  [[nodiscard]] const std::map<SequenceId, Salts>& salts() const { return salts_; }
+  [[nodiscard]] std::uint32_t length(SequenceId id) const {
+    return static_cast<std::uint32_t>(salts_.at(id).size());
+  }
+  [[nodiscard]] std::uint32_t layers() const { return geometry_.layers; }
+  [[nodiscard]] std::uint32_t layer_next() const { return layer_; }
+  [[nodiscard]] const std::vector<Entry>& entries() const { return entries_; }
+  [[nodiscard]] const Geometry& geometry() const { return geometry_; }
 
  private:
-  using Salts = std::map<SequenceId, std::vector<std::uint64_t>>;
-
-  void run_layer(const std::vector<StepEntry>& batch, const Salts& after, std::uint32_t layer,
-                 Reader reader) {
+  void run_with_inputs(std::uint32_t layer) {
     std::vector<float> k;
     std::vector<float> v;
-    for (const StepEntry& entry : batch) {
-      const auto& salts = after.at(entry.sequence);
-      for (std::size_t t = salts.size() - entry.new_tokens; t < salts.size(); ++t) {
+    for (const Entry& entry : entries_) {
+      for (std::uint32_t token = entry.position(); token < entry.end(); ++token) {
         for (std::uint32_t i = 0; i < kv_heads * head_dim; ++i) {
-          const auto token = static_cast<std::uint32_t>(t);
-          k.push_back(value(salts[t], layer, token, i / head_dim, i % head_dim, false));
-          v.push_back(value(salts[t], layer, token, i / head_dim, i % head_dim, true));
+          k.push_back(value(entry.salt, layer, token, i / head_dim, i % head_dim, false));
+          v.push_back(value(entry.salt, layer, token, i / head_dim, i % head_dim, true));
         }
       }
     }
     const LayerInputs inputs{{k.data(), kv_heads * head_dim, head_dim},
                              {v.data(), kv_heads * head_dim, head_dim}};
-    if (reader == Reader::gather) {
-      compare_gathered(batch, after, layer, cache_->gather(layer, inputs));
+    if (reader_ == Reader::gather) {
+      compare_gathered(layer, cache_->gather(layer, inputs));
+    } else if (reader_ == Reader::pages) {
+      compare_pages(layer, cache_->pages(layer, inputs));
     } else {
-      attend_and_compare(batch, after, layer, inputs);
+      attend_and_compare(layer, inputs);
     }
   }
 
-  void compare_gathered(const std::vector<StepEntry>& batch, const Salts& after,
-                        std::uint32_t layer, const Gathered& gathered) {
-    for (std::size_t s = 0; s < batch.size(); ++s) {
-      const auto& salts = after.at(batch[s].sequence);
-      for (std::uint32_t head = 0; head < kv_heads; ++head) {
-        for (std::uint32_t t = 0; t < gathered.longest; ++t) {
-          const std::size_t row = (s * kv_heads + head) * gathered.longest + t;
-          for (std::uint32_t d = 0; d < head_dim; ++d) {
-            const bool real = t < salts.size();
-            const float want_k = real ? value(salts[t], layer, t, head, d, false) : 0.0F;
-            const float want_v = real ? value(salts[t], layer, t, head, d, true) : 0.0F;
-            ASSERT_EQ(static_cast<float*>(gathered.k)[row * head_dim + d], want_k);
-            ASSERT_EQ(static_cast<float*>(gathered.v)[row * head_dim + d], want_v);
+  void compare_gathered(std::uint32_t layer, const Gathered& gathered) const {
+    for (std::size_t s = 0; s < entries_.size(); ++s) {
+      const Entry& entry = entries_[s];
+      const std::uint32_t begin = entry.begin(geometry_.window(layer));
+      for (std::uint32_t row = 0; row < kv_heads * gathered.longest; ++row) {
+        const std::uint32_t t = row % gathered.longest;
+        const bool real = t >= begin && t < entry.end();
+        const std::size_t at = (s * kv_heads * gathered.longest + row) * head_dim;
+        expect_row(entry, layer, t, row / gathered.longest, real,
+                   static_cast<const float*>(gathered.k) + at,
+                   static_cast<const float*>(gathered.v) + at);
+      }
+    }
+  }
+
+  // K and V of one token and head; zeros where there is no such token.
+  static void expect_row(const Entry& entry, std::uint32_t layer, std::uint32_t t,
+                         std::uint32_t head, bool real, const float* k, const float* v) {
+    for (std::uint32_t d = 0; d < head_dim; ++d) {
+      const float want_k = real ? value(entry.at(t), layer, t, head, d, false) : 0.0F;
+      const float want_v = real ? value(entry.at(t), layer, t, head, d, true) : 0.0F;
+      expect(k[d] == want_k && v[d] == want_v,
+             "layer " + std::to_string(layer) + ", token " + std::to_string(t) + " of sequence " +
+                 std::to_string(entry.id) + ": K or V are not what was appended");
+    }
+  }
+
+  void compare_pages(std::uint32_t layer, std::span<const std::int32_t> table) const {
+    const Arena arena = cache_->arena();
+    const std::size_t columns = table.size() / entries_.size();
+    for (std::size_t s = 0; s < entries_.size(); ++s) {
+      const Entry& entry = entries_[s];
+      for (std::uint32_t b = 0; b < columns; ++b) {
+        const std::uint32_t begin = b * block_tokens;
+        const std::int32_t frame = table[s * columns + b];
+        const bool seen = begin >= entry.begin(geometry_.window(layer)) && begin < entry.end();
+        expect(seen == (frame >= 0), "a table names a frame too many or too few");
+        if (!seen) continue;
+        const auto* k = reinterpret_cast<const float*>(
+            arena.start + static_cast<std::uint32_t>(frame) * arena.stride_bytes);
+        const float* v = k + kv_heads * block_tokens * head_dim;
+        for (std::uint32_t t = begin; t < std::min(begin + block_tokens, entry.end()); ++t) {
+          for (std::uint32_t head = 0; head < kv_heads; ++head) {
+            const std::uint32_t at = (head * block_tokens + t - begin) * head_dim;
+            expect_row(entry, layer, t, head, true, k + at, v + at);
           }
         }
       }
     }
   }
 
-  void attend_and_compare(const std::vector<StepEntry>& batch, const Salts& after,
-                          std::uint32_t layer, const LayerInputs& inputs) {
+  void attend_and_compare(std::uint32_t layer, const LayerInputs& inputs) {
+    constexpr std::uint32_t row_floats = query_heads * head_dim;
     std::uint32_t rows = 0;
-    for (const StepEntry& entry : batch) rows += entry.new_tokens;
-    std::vector<float> q(rows * query_heads * head_dim);
+    for (const Entry& entry : entries_) rows += entry.new_tokens;
+    std::vector<float> q(std::size_t{rows} * row_floats);
     for (std::size_t i = 0; i < q.size(); ++i) {
       q[i] = value(layer, 3, static_cast<std::uint32_t>(i), 0, 0, false);
     }
     std::vector<float> out(q.size(), NAN);
-    const std::int64_t stride = query_heads * head_dim;
-    cache_->attend(layer, inputs, {q.data(), stride, head_dim}, {out.data(), stride, head_dim},
-                   query_heads, {.scale = 0.35F}, nullptr);
-    std::uint32_t row = 0;
-    for (const StepEntry& entry : batch) {
-      const auto& salts = after.at(entry.sequence);
-      for (std::uint32_t i = 0; i < entry.new_tokens; ++i, ++row) {
+    AttendOptions options;
+    options.scale = 0.35F;
+    cache_->attend(layer, inputs, {q.data(), row_floats, head_dim},
+                   {out.data(), row_floats, head_dim}, query_heads, options, nullptr);
+    for (const Entry& entry : entries_) {
+      for (std::uint32_t i = 0; i < entry.new_tokens; ++i) {
         // The reference is slow: the first and last row of a sequence, and some between.
         if (i != 0 && i + 1 != entry.new_tokens && (i + step_) % 29 != 0) continue;
-        const std::size_t seen = salts.size() - entry.new_tokens + i + 1;
-        compare_row(salts, seen, layer, &q[row * query_heads * head_dim],
-                    &out[row * query_heads * head_dim]);
+        const std::size_t at = (std::size_t{entry.first_row} + i) * row_floats;
+        compare_row(entry, entry.position() + i, layer, &q[at], &out[at]);
       }
     }
   }
 
-  static void compare_row(const std::vector<std::uint64_t>& salts, std::size_t seen,
-                          std::uint32_t layer, const float* q, const float* out) {
+  void compare_row(const Entry& entry, std::uint32_t position, std::uint32_t layer, const float* q,
+                   const float* out) const {
+    const std::uint32_t first = Geometry::first_seen(position, geometry_.window(layer));
     for (std::uint32_t head = 0; head < query_heads; ++head) {
       const std::uint32_t kv = head / (query_heads / kv_heads);
       double sum = 0;
       std::vector<double> want(head_dim);
-      for (std::uint32_t t = 0; t < seen; ++t) {
+      for (std::uint32_t t = first; t <= position; ++t) {
         double score = 0;
         for (std::uint32_t d = 0; d < head_dim; ++d) {
-          score += double{q[head * head_dim + d]} * value(salts[t], layer, t, kv, d, false);
+          score += double{q[head * head_dim + d]} * value(entry.at(t), layer, t, kv, d, false);
         }
         const double weight = std::exp(score * 0.35);
         sum += weight;
         for (std::uint32_t d = 0; d < head_dim; ++d) {
-          want[d] += weight * value(salts[t], layer, t, kv, d, true);
+          want[d] += weight * value(entry.at(t), layer, t, kv, d, true);
         }
       }
       for (std::uint32_t d = 0; d < head_dim; ++d) {
-        ASSERT_NEAR(out[head * head_dim + d], want[d] / sum, 2e-5) << "layer " << layer;
+        expect(std::abs(out[head * head_dim + d] - want[d] / sum) <= 2e-5,
+               "layer " + std::to_string(layer) + ": attention is not that of the reference");
       }
     }
   }
 
-  std::uint32_t layers_;
-  std::uint64_t step_ = 0;
-  MemoryBackend* backend_;  // null where the cache runs on another
-  std::unique_ptr<TieredCache> cache_;
-  Salts salts_;  // per token, the step that wrote it
+  Geometry geometry_;
+  ProxyBackend* proxy_;  // in front of the simulated one; null where the cache runs on another
+  bool streams_;
+  StampKernel kernel_;
+  std::mt19937_64 random_;
+  std::map<SequenceId, Salts> salts_;
+  std::uint32_t step_ = 0;
+  Reader reader_ = Reader::kernel;
+  std::uint32_t layer_ = 0;  // the next
+  std::vector<Entry> entries_;
+  std::unique_ptr<TieredCache> cache_;  // goes first
 };
 
 }  // namespace pie::testing

@@ -1,5 +1,6 @@
-// The cache against a reference model: seeded random steps, truncations, aborts and failures over a
-// backend that ends copies in any order; every invariant checked after every operation.
+// The cache against a reference model, with every reader: seeded random steps, forks, truncations,
+// aborts and failures, every short history, and every copy and growth failing in turn; every
+// invariant checked after every operation.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -13,9 +14,9 @@
 namespace pie {
 namespace {
 
-using testing::MemoryOptions;
 using testing::Model;
 using testing::small_geometry;
+using testing::small_machine;
 
 // ---- seeded random runs -------------------------------------------------------------------------
 
@@ -42,9 +43,12 @@ void random_operation(Swarm& swarm, Model& model) {
   const auto& salts = model.salts();
   auto some = salts.begin();
   if (!salts.empty()) std::advance(some, swarm.pick(static_cast<std::uint32_t>(salts.size())));
-  switch (swarm.pick(10)) {
+  switch (swarm.pick(11)) {
     case 0:
       if (salts.size() < 4) model.add();
+      break;
+    case 3:
+      if (!salts.empty() && salts.size() < 5) model.fork(some->first);
       break;
     case 1:
       if (!salts.empty()) model.free(some->first);
@@ -58,7 +62,9 @@ void random_operation(Swarm& swarm, Model& model) {
     default: {
       const std::vector<StepEntry> batch = random_batch(swarm, model);
       if (batch.empty()) break;
-      const Reader reader = swarm.pick(3) == 0 ? Reader::gather : Reader::attend;
+      const Reader readers[] = {Reader::attend, Reader::attend, Reader::gather, Reader::pages};
+      const bool windows = !model.geometry().windows.empty();
+      const Reader reader = readers[windows ? 2 + swarm.pick(2) : swarm.pick(4)];
       const bool aborts = swarm.pick(6) == 0;
       model.step(batch, reader, aborts ? swarm.pick(model.layers()) : model.layers());
     }
@@ -69,17 +75,31 @@ struct Tally {
   std::uint64_t streamed = 0;
   std::uint64_t capacity_errors = 0;
   std::uint64_t io_errors = 0;
+  std::uint64_t refusals = 0;
 };
 
-void run_operations(Swarm& swarm, Model& model, Tally& tally) {
+// A geometry in which, of some seeds, some layers have a window.
+Geometry random_geometry(Swarm& swarm) {
+  Geometry geometry = small_geometry(1 + swarm.pick(4));
+  if (swarm.pick(3) == 0) {
+    for (std::uint32_t layer = 0; layer < geometry.layers; ++layer) {
+      geometry.windows.push_back(swarm.pick(2) * (1 + swarm.pick(60)));
+    }
+  }
+  return geometry;
+}
+
+void run_operations(Swarm& swarm, Model& model, Tally& tally) try {
   model.add();
-  for (int i = 0; i < 60 && !::testing::Test::HasFailure(); ++i) {
+  for (int i = 0; i < 60; ++i) {
     try {
       random_operation(swarm, model);
     } catch (const CapacityError&) {
       ++tally.capacity_errors;
     } catch (const IoError&) {
       ++tally.io_errors;
+    } catch (const LogicError&) {
+      ++tally.refusals;  // a truncation that a window forbids
     }
     model.check();
   }
@@ -89,21 +109,23 @@ void run_operations(Swarm& swarm, Model& model, Tally& tally) {
   model.check();
   EXPECT_EQ(model.cache().stats().resident_frames, 0U);
   EXPECT_EQ(model.cache().stats().pool_bytes_used, 0U);
+} catch (const std::exception& error) {
+  ADD_FAILURE() << error.what();
 }
 
 void run_seed(std::uint64_t seed, Tally& tally, double failures) {
   SCOPED_TRACE("SEED=" + std::to_string(seed));
   Swarm swarm(seed);
-  const std::uint32_t layers = 1 + swarm.pick(4);
-  MemoryOptions options;
-  options.frame_bytes = small_geometry(layers).frame_bytes();
-  options.copy_frames_best = 1U << swarm.pick(5);
-  options.device_frames = layers + 2 + (swarm.pick(8) == 0 ? 0 : swarm.pick(layers * 12));
-  options.pool_frames = swarm.pick(5) == 0 ? swarm.pick(20) : 200 + swarm.pick(400);
+  const Geometry geometry = random_geometry(swarm);
+  const std::uint32_t layers = geometry.layers;
+  SimOptions options =
+      small_machine(geometry, layers + 2 + (swarm.pick(8) == 0 ? 0 : swarm.pick(layers * 12)),
+                    swarm.pick(5) == 0 ? swarm.pick(20) : 200 + swarm.pick(400));
+  options.copy_bytes_best = options.frame_bytes << swarm.pick(5);
   options.seed = seed;
-  options.failure_probability = failures;
+  options.faults.failed = failures;
   const std::string policies[] = {"fit", "fit", "fixed:0.5", "fixed:1", "off"};
-  Model model(layers, policies[swarm.pick(5)], options);
+  Model model(geometry, policies[swarm.pick(5)], options);
   run_operations(swarm, model, tally);
 }
 
@@ -111,13 +133,14 @@ void run_seed(std::uint64_t seed, Tally& tally, double failures) {
 void run_host_seed(std::uint64_t seed, Tally& tally, const std::string& pool_io) {
   SCOPED_TRACE("SEED=" + std::to_string(seed));
   Swarm swarm(seed);
-  const std::uint32_t layers = 1 + swarm.pick(4);
+  const Geometry geometry = random_geometry(swarm);
+  const std::uint32_t layers = geometry.layers;
   HostOptions options;
-  options.frame_bytes = small_geometry(layers).frame_bytes();
+  options.frame_bytes = geometry.frame_bytes();
   options.pool_bytes = 800 * options.frame_bytes;
   options.pool_io = pool_io;
   options.device_bytes = host_frame_stride(options) * (layers + 2 + swarm.pick(layers * 12));
-  Model model(layers, "fit", open_host(options));
+  Model model(geometry, "fit", open_host(options));
   run_operations(swarm, model, tally);
 }
 
@@ -149,8 +172,16 @@ TEST(CacheOverRamAndAFile, HoldsWhatTheReferenceHolds) {
 
 // ---- every short history ------------------------------------------------------------------------
 
-enum class Act : std::uint8_t { add, token, block_and_more, truncate, free_first, aborted_step };
-constexpr std::uint32_t acts = 6;
+enum class Act : std::uint8_t {
+  add,
+  fork,
+  token,
+  block_and_more,
+  truncate,
+  free_first,
+  aborted_step
+};
+constexpr std::uint32_t acts = 7;
 
 void apply(Act act, Model& model) {
   if (model.salts().empty() || act == Act::add) {
@@ -160,6 +191,9 @@ void apply(Act act, Model& model) {
   const SequenceId first = model.salts().begin()->first;
   const SequenceId last = model.salts().rbegin()->first;
   switch (act) {
+    case Act::fork:
+      if (model.salts().size() < 3) model.fork(last);
+      return;
     case Act::token: {
       std::vector<StepEntry> all;
       for (const auto& [id, salts] : model.salts()) all.push_back({id, 1});
@@ -180,7 +214,7 @@ void apply(Act act, Model& model) {
   }
 }
 
-// All histories of six acts from a cache with one sequence of 40 tokens whose device holds two
+// All histories of five acts from a cache with one sequence of 40 tokens whose device holds two
 // layers' worth of three blocks.
 TEST(CacheExhaustive, EveryShortHistoryHolds) {
   constexpr std::uint32_t length = 5;
@@ -188,12 +222,9 @@ TEST(CacheExhaustive, EveryShortHistoryHolds) {
   for (std::uint32_t i = 0; i < length; ++i) histories *= acts;
   for (std::uint32_t history = 0; history < histories && !HasFailure(); ++history) {
     SCOPED_TRACE("HISTORY=" + std::to_string(history));
-    MemoryOptions options;
-    options.device_frames = 8;
-    options.pool_frames = 40;
-    options.frame_bytes = small_geometry(2).frame_bytes();
+    SimOptions options = small_machine(small_geometry(2), 8, 40);
     options.seed = history + 1;
-    Model model(2, "fit", options);
+    Model model(small_geometry(2), "fit", options);
     model.step({{model.add(), 40}}, Reader::attend, 2);
     for (std::uint32_t i = 0, rest = history; i < length; ++i, rest /= acts) {
       try {

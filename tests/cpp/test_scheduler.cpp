@@ -9,17 +9,18 @@
 namespace pie {
 namespace {
 
-using testing::MemoryOptions;
-using testing::Model;
 using testing::small_geometry;
+using testing::small_machine;
 
-MemoryOptions options_for(std::uint32_t layers, std::uint32_t device_frames,
-                          std::uint32_t pool_frames) {
-  MemoryOptions options;
-  options.device_frames = device_frames;
-  options.pool_frames = pool_frames;
-  options.frame_bytes = small_geometry(layers).frame_bytes();
-  return options;
+// Models of this file: a small geometry of so many layers on a small machine.
+struct Model : testing::Model {
+  Model(std::uint32_t layers, const std::string& policy, const SimOptions& options)
+      : testing::Model(small_geometry(layers), policy, options) {}
+};
+
+SimOptions options_for(std::uint32_t layers, std::uint32_t device_frames,
+                       std::uint32_t pool_frames) {
+  return small_machine(small_geometry(layers), device_frames, pool_frames);
 }
 
 void grow(Model& model, SequenceId id, std::uint32_t tokens) {
@@ -35,7 +36,7 @@ TEST(Scheduler, MovesNothingWhileEverythingFits) {
     const SequenceId id = model.add();
     grow(model, id, 100);
     for (int i = 0; i < 40; ++i) grow(model, id, 1);
-    EXPECT_EQ(model.backend().submitted(), 0U) << policy;
+    EXPECT_EQ(model.tickets(), 0U) << policy;
     EXPECT_EQ(model.cache().stats().stall_ns, 0);
   }
 }
@@ -67,8 +68,10 @@ TEST(Scheduler, StreamsJustThePlanEachStep) {
       EXPECT_NEAR(static_cast<double>(per_step), layers * 20, 2);  // prefetch crosses the ends
     } else {
       // What is over, the ring, and what an unlucky order of completions evicts early.
-      const std::uint64_t excess = layers * 21U - (60 - model.cache().stats().ring_frames - 1);
-      EXPECT_GE(per_step + 2, excess);
+      // Prefetch crosses the ends of the ten steps by a ring at most.
+      const std::uint64_t ring = model.cache().stats().ring_frames;
+      const std::uint64_t excess = layers * 21U - (60 - ring - 1);
+      EXPECT_GE(per_step + 1 + ring / 10, excess);
       EXPECT_LE(per_step, excess + excess / 4);
     }
   }
@@ -91,11 +94,11 @@ TEST(Scheduler, MovesAdjacentFramesAsOneTicket) {
   const SequenceId id = model.add();
   grow(model, id, 16 * 64);
   grow(model, id, 1);
-  const std::uint64_t tickets = model.backend().submitted();
+  const std::uint64_t tickets = model.tickets();
   const Bytes bytes = model.cache().stats().streamed_bytes;
   for (int i = 0; i < 8; ++i) grow(model, id, 1);
   const double moved = static_cast<double>(frames(model.cache().stats().streamed_bytes - bytes));
-  const double per_ticket = moved / static_cast<double>(model.backend().submitted() - tickets);
+  const double per_ticket = moved / static_cast<double>(model.tickets() - tickets);
   EXPECT_GT(per_ticket, 3.0);  // copies of this backend are best at four frames
 }
 
@@ -118,11 +121,7 @@ TEST(Scheduler, ThreeFramesALayerAreEnoughForOneSequence) {
 // Many query heads on few KV heads have more state than KV: it must not count against the frames.
 TEST(Scheduler, ThreeFramesALayerAreEnoughForManyQueryHeads) {
   const Geometry geometry{3, 1, 64, 16, DType::f32};
-  MemoryOptions options;
-  options.device_frames = 9;
-  options.pool_frames = 500;
-  options.frame_bytes = geometry.frame_bytes();
-  TieredCache cache(geometry, "fit", std::make_unique<testing::MemoryBackend>(options));
+  TieredCache cache(geometry, "fit", open_sim(small_machine(geometry, 9, 500)));
   const std::vector<StepEntry> batch{{cache.add(), 70}};
   const std::vector<float> q(70 * 71 * 64, 0.1F);
   const Rows kv{q.data(), 64, 64};
@@ -141,8 +140,8 @@ TEST(Scheduler, ThreeFramesALayerAreEnoughForManyQueryHeads) {
 }
 
 TEST(Scheduler, RefusesWholeWhatNoTierCanHold) {
-  MemoryOptions options = options_for(2, 12, 1000);
-  options.growable_frames = 20;
+  SimOptions options = options_for(2, 12, 1000);
+  options.pool_frames_max = 20;
   Model model(2, "fit", options);
   const SequenceId first = model.add();
   const SequenceId second = model.add();
@@ -236,12 +235,12 @@ TEST(Scheduler, OneFailedCopyIsTriedAgain) {
   std::uint64_t tickets = 1;
   std::uint64_t retries = 0;
   for (std::uint64_t failing = 0; failing <= tickets; ++failing) {
-    MemoryOptions options = options_for(2, 10, 200);
-    options.fail_ticket = failing;
+    SimOptions options = options_for(2, 10, 200);
+    options.faults.failed_ticket = failing;
     Model model(2, "fit", options);
     const SequenceId id = model.add();
     for (int i = 0; i < 20; ++i) grow(model, id, 7);
-    if (failing == 0) tickets = model.backend().submitted();
+    if (failing == 0) tickets = model.tickets();
     EXPECT_LE(model.cache().stats().retries, failing == 0 ? 0U : 1U);
     retries += model.cache().stats().retries;
   }
@@ -256,7 +255,7 @@ TEST(Scheduler, ABrokenLinkLosesNothing) {
     Model model(2, "fit", options_for(2, 10, 200));
     const SequenceId id = model.add();
     for (int i = 0; i < healthy_steps; ++i) grow(model, id, 7);
-    model.backend().set_broken(true);
+    model.sim().set_faults({.failed = 1});
     std::uint32_t failures = 0;
     for (int i = 0; i < 6; ++i) {
       try {
@@ -270,7 +269,7 @@ TEST(Scheduler, ABrokenLinkLosesNothing) {
     if (healthy_steps > 10) {
       EXPECT_GT(failures, 0U);
     }
-    model.backend().set_broken(false);
+    model.sim().set_faults({});
     std::uint32_t good = 0;
     for (int i = 0; i < 4; ++i) {
       try {
@@ -291,10 +290,10 @@ TEST(Scheduler, AFailureTouchesOnlyItsSequence) {
   grow(model, streamed, 160);
   grow(model, resident, 9);  // no full block, so nothing of it can be set aside
   model.step({{streamed, 1}, {resident, 1}}, Reader::attend, 2);
-  model.backend().set_broken(true);
+  model.sim().set_faults({.failed = 1});
   EXPECT_THROW(grow(model, streamed, 1), IoError);
   grow(model, resident, 1);
-  model.backend().set_broken(false);
+  model.sim().set_faults({});
   grow(model, resident, 1);
   try {
     grow(model, streamed, 1);  // may tell of a copy that failed before the repair

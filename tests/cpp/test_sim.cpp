@@ -309,9 +309,9 @@ TEST(SimFaults, GrowthMayBeRefused) {
 
 TEST(SimFaults, ABrokenLinkFailsEverythingUntilItIsMended) {
   const auto sim = open(simple_machine());
-  sim->set_broken(true);
+  sim->set_faults({.failed = 1});
   EXPECT_FALSE(is_ok(finish(*sim, to_pool, {{0, 0, 1}})));
-  sim->set_broken(false);
+  sim->set_faults({});
   EXPECT_TRUE(is_ok(finish(*sim, to_pool, {{0, 0, 1}})));
   EXPECT_TRUE(sim->health().ok);
 }

@@ -62,7 +62,8 @@ struct SimFaults {
   Bytes lying_bytes = Bytes{64} << 20;  // that is not held
   double silent = 0;  // of a ticket: garbage in its targets, and it ends ok. Nothing above the
                       // seam survives that: it is there to show that a test would notice
-  std::uint64_t failed_ticket = 0;   // this one of both lanes' fails, counted from 1; 0: none does
+  std::uint64_t failed_ticket = 0;   // this one fails, counted from 1 over both lanes; 0: none does
+  std::uint64_t failed_tickets = 1;  // and so many in all, from that one on
   std::uint64_t refused_growth = 0;  // the same for calls that grow a tier
 };
 
@@ -105,8 +106,8 @@ class SimBackend : public Backend {
   // Returns when the stream has done all it was given.
   virtual void synchronize(ComputeStream stream) = 0;
 
-  // From now on every ticket that is submitted fails, or none does but by probability.
-  virtual void set_broken(bool broken) = 0;
+  // Faults from now on; counts of tickets and growths go on. What is under way keeps its fate.
+  virtual void set_faults(const SimFaults& faults) = 0;
 
   // From now on the device is lost: health() says so and every ticket fails.
   virtual void lose() = 0;

@@ -113,7 +113,7 @@ class Sim final : public SimBackend {
     return lost_ ? Health{false, "the simulated device was lost"} : Health{};
   }
 
-  void set_broken(bool broken) override { broken_ = broken; }
+  void set_faults(const SimFaults& faults) override { faults_ = faults; }
   void lose() override { lost_ = true; }
   [[nodiscard]] SimCounts counts(Lane lane) const override { return state(lane).counts; }
 
@@ -153,6 +153,7 @@ class Sim final : public SimBackend {
   void advance(Nanos until);
 
   const SimOptions options_;
+  SimFaults faults_;
   std::mt19937_64 random_;
   SimFrames frames_;
   std::uint32_t device_usable_;
@@ -169,7 +170,6 @@ class Sim final : public SimBackend {
   std::uint64_t growths_ = 0;
   std::uint64_t submitted_ = 0;
   Nanos now_ = 0;
-  bool broken_ = false;
   bool lost_ = false;
 };
 
@@ -179,6 +179,7 @@ std::uint32_t most(std::uint32_t frames, std::uint32_t frames_max) {
 
 Sim::Sim(const SimOptions& options)
     : options_(options),
+      faults_(options.faults),
       random_(options.seed),
       frames_(
           std::max(options.device_frames, most(options.device_frames, options.device_frames_max)),
@@ -188,7 +189,7 @@ Sim::Sim(const SimOptions& options)
   state(Lane::pool_to_device).link = options.load;
   state(Lane::device_to_pool).link = options.write;
   for (LaneState& lane : lanes_) {
-    if (chance(options.faults.lying)) lane.flattering_left = options.faults.lying_bytes;
+    if (chance(faults_.lying)) lane.flattering_left = faults_.lying_bytes;
   }
 }
 
@@ -215,20 +216,20 @@ double Sim::draw() { return static_cast<double>(random_() >> 11U) * 0x1p-53; }
 
 // What will become of a ticket is known when it is submitted.
 void Sim::draw_fate(Lane lane, Batch& batch) {
-  const SimFaults& faults = options_.faults;
   ++submitted_;
-  const bool fails = broken_ || lost_ || submitted_ == faults.failed_ticket;
-  if (fails || chance(faults.failed)) {
+  const bool named = faults_.failed_ticket > 0 && submitted_ >= faults_.failed_ticket &&
+                     submitted_ < faults_.failed_ticket + faults_.failed_tickets;
+  if (lost_ || named || chance(faults_.failed)) {
     batch.completion.status = Status::failed;
-  } else if (lane == Lane::pool_to_device && chance(faults.corrupt)) {
+  } else if (lane == Lane::pool_to_device && chance(faults_.corrupt)) {
     batch.completion.status = Status::corrupt;
   }
   if (batch.completion.status != Status::ok) batch.completion.error = EIO;
-  batch.silent = chance(faults.silent);
+  batch.silent = chance(faults_.silent);
 }
 
 bool Sim::refuses_growth() {
-  return ++growths_ == options_.faults.refused_growth || chance(options_.faults.refused);
+  return ++growths_ == faults_.refused_growth || chance(faults_.refused);
 }
 
 // ---- both tiers ---------------------------------------------------------------------------------
@@ -374,7 +375,7 @@ void Sim::start_copies(Lane lane) {
                     load ? flight.copy.device_first : flight.copy.pool_first, flight.copy.count);
     }
     const double jitter = from.link.jitter_ns > 0 ? draw() : 0;
-    const double slow = chance(options_.faults.slow) ? options_.faults.slow_factor : 1;
+    const double slow = chance(faults_.slow) ? faults_.slow_factor : 1;
     const double latency = static_cast<double>(from.link.latency_ns) +
                            jitter * static_cast<double>(from.link.jitter_ns);
     schedule({now_ + std::llround(latency * slow), 0, Event::Kind::arrival, 0, flight});
@@ -386,9 +387,9 @@ void Sim::arrive(Flight flight) {
   LaneState& lane = state(flight.ticket.lane);
   const Bytes bytes = flight.copy.count * options_.frame_bytes;
   double rate = lane.link.bytes_per_s;
-  if (lane.flattering_left > 0) rate *= options_.faults.lying_factor;
+  if (lane.flattering_left > 0) rate *= faults_.lying_factor;
   lane.flattering_left -= std::min(lane.flattering_left, bytes);
-  const double slow = chance(options_.faults.slow) ? options_.faults.slow_factor : 1;
+  const double slow = chance(faults_.slow) ? faults_.slow_factor : 1;
   const double own =
       static_cast<double>(lane.link.overhead_ns) + 1e9 * static_cast<double>(bytes) / rate;
   lane.busy_until = std::max(now_, lane.busy_until) + std::llround(own * slow);
@@ -403,7 +404,7 @@ void Sim::land(const Flight& flight) {
   Batch& batch = from.live.at(flight.ticket.id);
   Completion& completion = batch.completion;
   if (!load) {
-    frames_.set_rotten(flight.copy, chance(options_.faults.rotten));
+    frames_.set_rotten(flight.copy, chance(faults_.rotten));
   } else if (completion.status == Status::ok && frames_.is_rotten(flight.copy)) {
     completion.status = Status::corrupt;
     completion.error = EIO;
