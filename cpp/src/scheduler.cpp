@@ -281,7 +281,7 @@ void Scheduler::vacate(FrameIndex frame, std::uint32_t limit) {
     const Block& block = BlockMap::at(key);
     if (move_below(frame, limit)) continue;
     if (block.in_flight()) {
-      wait();
+      wait_for_room();
     } else if (block.state == BlockState::clean) {
       map_.evict(key);
     } else if (!evict_surplus(false) && !evict_prefetched() && !evict_any()) {
@@ -467,7 +467,7 @@ void Scheduler::fetch(std::size_t reading, std::uint32_t index, LayerReader& rea
   } else if (block.state == BlockState::pooled && !transfers_.any()) {
     make_room();
   } else {
-    wait();
+    wait_for_room();
   }
   raise_errors();
 }
@@ -677,6 +677,18 @@ void Scheduler::raise_errors() {
   }
   const Health health = backend_.health();
   if (!health.ok) throw IoError("The device is lost: " + health.first_error);
+}
+
+// Where the last transfer under way has failed for good, what would make room cannot be written:
+// though it is of no sequence of the batch, trying it again and again would never end.
+void Scheduler::wait_for_room() {
+  const std::uint64_t before = transfers_.given_up();
+  wait();
+  raise_errors();
+  if (transfers_.given_up() == before || transfers_.any()) return;
+  for (auto& [id, branch] : map_.branches()) {
+    if (!branch.error.empty()) raise_error(branch);
+  }
 }
 
 // In the name of a sequence that the branch belongs to, of the batch if one is there.

@@ -48,8 +48,7 @@ void Scheduler::make_room() {
 
 void Scheduler::write_or_wait() {
   if (transfers_.any()) {
-    wait();
-    raise_errors();
+    wait_for_room();
   } else if (!write_any()) {
     raise_errors();
     throw CapacityError("The device tier is full of blocks that cannot be moved to the pool (" +

@@ -89,6 +89,7 @@ void Transfers::commit(const Transfer& transfer) {
 }
 
 void Transfers::give_up(const Transfer& transfer, const Completion& completion) {
+  ++given_up_;
   const bool load = transfer.lane == Lane::pool_to_device;
   for (std::uint32_t i = 0; i < transfer.count; ++i) {
     const BlockKey key{transfer.branch, transfer.layer, transfer.first_block + i};

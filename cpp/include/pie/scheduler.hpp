@@ -232,6 +232,7 @@ class Scheduler {
 
   void land();
   void wait();
+  void wait_for_room();
   void settle(const Branch& branch);
   void raise_errors();
   [[noreturn]] void raise_error(Branch& branch);

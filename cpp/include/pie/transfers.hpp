@@ -50,6 +50,7 @@ class Transfers {
   [[nodiscard]] std::uint64_t loaded_frames() const { return loaded_frames_; }
   [[nodiscard]] std::uint64_t written_frames() const { return written_frames_; }
   [[nodiscard]] std::uint64_t retries() const { return retries_; }
+  [[nodiscard]] std::uint64_t given_up() const { return given_up_; }
 
   // Whether some branch has an error that was not taken yet.
   [[nodiscard]] bool troubled() const { return troubled_ > 0; }
@@ -83,6 +84,7 @@ class Transfers {
   std::uint64_t loaded_frames_ = 0;
   std::uint64_t written_frames_ = 0;
   std::uint64_t retries_ = 0;
+  std::uint64_t given_up_ = 0;  // transfers that failed each time they were tried
   std::uint32_t troubled_ = 0;  // branches with an error
 };
 
