@@ -264,10 +264,10 @@ class Model {
     const Stats before = cache_->stats();
     try {
       cache_->resize(device_frames * stride, pool_frames * stride);
-    } catch (const CapacityError&) {
+    } catch (const CapacityError& error) {
       const Stats after = cache_->stats();
       expect(after.device_bytes == before.device_bytes && after.pool_bytes == before.pool_bytes,
-             "a refused resize changed a budget");
+             std::string("a refused resize changed a budget: ") + error.what());
       throw;
     }
     const Stats after = cache_->stats();
