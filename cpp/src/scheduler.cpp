@@ -172,10 +172,10 @@ void Scheduler::admit_on_device(const Snapshot& snapshot, const Plan& plan,
                                 std::uint32_t staging_frames) const {
   const Bytes stride = capabilities_.frame_stride;
   // Where the pool is to be full to its last frame, blocks could not change places with a device
-  // that is full as well: one frame of it stays free.
-  const std::uint64_t needed =
-      device_frames_needed(snapshot, plan) +
-      (plan.streamed() > 0 && plan.streamed() >= snapshot.pool_frames ? 1 : 0);
+  // that is full as well: without a ring to pass through, one frame of it stays free.
+  const bool stuck =
+      plan.ring_frames == 0 && plan.streamed() > 0 && plan.streamed() >= snapshot.pool_frames;
+  const std::uint64_t needed = device_frames_needed(snapshot, plan) + (stuck ? 1 : 0);
   if (needed <= snapshot.device_frames) return;
   const bool streams = snapshot.pool_frames > 0 && policy_->name() != "off";
   const std::uint64_t there = std::uint64_t{snapshot.device_frames} + staging_frames;

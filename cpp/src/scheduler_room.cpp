@@ -365,11 +365,15 @@ void Scheduler::resize(std::uint32_t device_frames, std::uint32_t pool_frames) {
   map_.device().set_limit(map_.device().capacity());  // the last step's staging is over
   shape_ = {};
   std::vector<BranchView> views;
-  // What moves within the pool passes through a frame of the device.
-  const std::uint32_t passage = pool_frames < pool_frames_ ? 1 : 0;
-  const Snapshot now = snapshot(device_frames - passage, pool_frames, views);
+  Snapshot now = snapshot(device_frames, pool_frames, views);
   Plan plan = policy_->plan(now);
-  admit_on_device(now, plan, passage);
+  // What moves within the pool passes through a frame of the device, of the ring if there is one.
+  const bool passes = pool_frames < pool_frames_ && plan.streamed() > 0 && plan.ring_frames == 0;
+  if (passes) {
+    --now.device_frames;
+    plan = policy_->plan(now);
+  }
+  admit_on_device(now, plan, passes ? 1 : 0);
   if (plan.streamed() > pool_frames) {
     throw CapacityError("resize: a pool of " + sized(pool_frames * capabilities_.frame_stride) +
                         " cannot hold the " + sized(plan.streamed() * capabilities_.frame_stride) +
