@@ -2,7 +2,6 @@
 #include "pie/scheduler.hpp"
 
 #include <algorithm>
-#include <cstring>
 #include <map>
 #include <string>
 #include <utility>
@@ -270,7 +269,7 @@ bool Scheduler::move_below(FrameIndex frame, FrameIndex limit) {
     map_.device().release(to);
     return false;
   }
-  std::memcpy(backend_.address(to), backend_.address(frame), geometry_.frame_bytes());
+  duplicate(frame, to);
   map_.relocate(key, to);
   return true;
 }
@@ -326,10 +325,17 @@ void Scheduler::copy_block(const BlockKey& from, const BlockKey& to) {
     map_.device().release(frame);
     throw;
   }
-  std::memcpy(backend_.address(frame), backend_.address(BlockMap::at(from).device),
-              geometry_.frame_bytes());
+  duplicate(BlockMap::at(from).device, frame);
   BlockMap::lengthen(to.branch->layers[to.layer]);
   map_.place(to, frame);
+}
+
+// What is next copied from the pool into either frame waits for it.
+void Scheduler::duplicate(FrameIndex from, FrameIndex to) {
+  backend_.duplicate(stream_, from, to);
+  const Fence fence = backend_.record(stream_);
+  transfers_.read_until(from, fence);
+  transfers_.read_until(to, fence);
 }
 
 // Has a block on the device and at rest, not in the ring. Where a load fails nothing is lost.
@@ -347,6 +353,11 @@ void Scheduler::load_now(const BlockKey& key) {
 }
 
 // ---- a layer ------------------------------------------------------------------------------------
+
+void Scheduler::set_stream(ComputeStream stream) {
+  stream_ = stream;
+  transfers_.set_stream(stream);
+}
 
 void Scheduler::set_visits(std::vector<Visit> visits) {
   visits_ = std::move(visits);
@@ -616,6 +627,7 @@ void Scheduler::finish() {
 }
 
 void Scheduler::abort() {
+  transfers_.read_until(backend_.record(stream_));  // whatever the layer that ran has come to
   collected_.clear();
   read_.clear();
   stop_prefetch();

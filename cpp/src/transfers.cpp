@@ -53,6 +53,8 @@ void Transfers::submit(const Transfer& transfer) {
       const Fence fence = readers_[blocks[transfer.first_block + i].device];
       after.fence.id = std::max(after.fence.id, fence.id);
     }
+  } else {
+    after.fence = backend_.record(stream_);
   }
   const Ticket ticket = backend_.submit(transfer.lane, copies, {&after, 1});
   in_flight_.emplace(key_of(ticket), transfer);

@@ -39,6 +39,9 @@ class ProxyBackend : public Backend {
   Fence record(ComputeStream stream) override { return inner_->record(stream); }
   void depend(ComputeStream stream, Ticket ticket) override { inner_->depend(stream, ticket); }
   void compute(ComputeStream stream, Work work) override { inner_->compute(stream, work); }
+  void duplicate(ComputeStream stream, FrameIndex from, FrameIndex to) override {
+    inner_->duplicate(stream, from, to);
+  }
   [[nodiscard]] std::byte* address(FrameIndex frame) const override {
     return inner_->address(frame);
   }

@@ -113,6 +113,9 @@ class Backend {
   virtual void depend(ComputeStream stream, Ticket ticket) = 0;
   virtual void compute(ComputeStream stream, Work work) = 0;
 
+  // Copies what a device frame holds to another, in the order of the stream.
+  virtual void duplicate(ComputeStream stream, FrameIndex from, FrameIndex to) = 0;
+
   // Start of a device frame. Frames of a run are `frame_stride` apart.
   [[nodiscard]] virtual std::byte* address(FrameIndex device_frame) const = 0;
 

@@ -91,7 +91,7 @@ class Scheduler {
   void begin(std::span<const Growth> batch, const StepShape& shape);
 
   // What the readers' compute runs on.
-  void set_stream(ComputeStream stream) { stream_ = stream; }
+  void set_stream(ComputeStream stream);
 
   // The rows of the step, in order; set before the first layer.
   void set_visits(std::vector<Visit> visits);
@@ -183,6 +183,7 @@ class Scheduler {
   void open_tail(Growth& growth);
   void copy_tail(Growth& growth);
   void copy_block(const BlockKey& from, const BlockKey& to);
+  void duplicate(FrameIndex from, FrameIndex to);
   void load_now(const BlockKey& key);
 
   void plan_readings();

@@ -4,6 +4,7 @@
 // times; then its blocks go back to where they were and the first error is kept on their branch.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <unordered_map>
@@ -38,6 +39,10 @@ class Transfers {
   // A device frame was read by everything given to the compute stream so far: what is next copied
   // into it waits for that.
   void read_until(FrameIndex device, Fence fence) { readers_[device] = fence; }
+  void read_until(Fence fence) { std::ranges::fill(readers_, fence); }
+
+  // What blocks are filled by: what is copied out of them waits for what that was given so far.
+  void set_stream(ComputeStream stream) { stream_ = stream; }
 
   // Applies what has ended and returns it; the reference is good until the next call.
   const std::vector<Landed>& land();
@@ -77,6 +82,7 @@ class Transfers {
   void give_up(const Transfer& transfer, const Completion& completion);
 
   Backend& backend_;
+  ComputeStream stream_;
   BlockMap& map_;
   std::unordered_map<std::uint64_t, Transfer> in_flight_;  // by ticket, lane in the lowest bit
   std::vector<Fence> readers_;                             // by device frame

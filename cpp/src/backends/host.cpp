@@ -14,6 +14,7 @@
 #include <array>
 #include <cerrno>
 #include <chrono>
+#include <cstring>
 #include <deque>
 #include <limits>
 #include <map>
@@ -182,6 +183,10 @@ class HostBackend final : public Backend {
   }
 
   void compute(ComputeStream /*stream*/, Work /*work*/) override {}
+
+  void duplicate(ComputeStream /*stream*/, FrameIndex from, FrameIndex to) override {
+    std::memcpy(address(to), address(from), capabilities_.frame_stride);
+  }
 
   [[nodiscard]] std::byte* address(FrameIndex device_frame) const override {
     require(device_frame < device_frames_, "address: no such device frame");

@@ -102,6 +102,7 @@ class Sim final : public SimBackend {
   void depend(ComputeStream stream, Ticket ticket) override;
   void compute(ComputeStream stream, Work work) override { launch(stream, work, nullptr); }
   void launch(ComputeStream stream, Work work, std::function<void()> body) override;
+  void duplicate(ComputeStream stream, FrameIndex from, FrameIndex to) override;
   void synchronize(ComputeStream stream) override;
 
   [[nodiscard]] std::byte* address(FrameIndex device_frame) const override {
@@ -468,6 +469,12 @@ void Sim::launch(ComputeStream stream, Work work, std::function<void()> body) {
   task.body = std::move(body);
   streams_[stream.handle].tasks.push_back(std::move(task));
   settle();
+}
+
+// Takes no time of its own: what matters is when it happens.
+void Sim::duplicate(ComputeStream stream, FrameIndex from, FrameIndex to) {
+  require(from < device_usable_ && to < device_usable_, "duplicate: no such device frame");
+  launch(stream, {}, [this, from, to] { frames_.duplicate(from, to); });
 }
 
 void Sim::synchronize(ComputeStream stream) {

@@ -83,6 +83,10 @@ void SimFrames::move(Lane lane, const Copy& copy) {
               load ? pool(copy.pool_first) : device(copy.device_first), copy.count * bytes_);
 }
 
+void SimFrames::duplicate(FrameIndex from, FrameIndex to) {
+  if (carry_) std::memcpy(device(to), device(from), bytes_);
+}
+
 void SimFrames::spoil(Tier tier, FrameIndex first, std::uint32_t count) {
   if (!carry_ || count == 0) return;
   std::memset(tier == Tier::device ? device(first) : pool(first), garbage, count * bytes_);
