@@ -63,8 +63,7 @@ void random_operation(Swarm& swarm, Model& model) {
       const std::vector<StepEntry> batch = random_batch(swarm, model);
       if (batch.empty()) break;
       const Reader readers[] = {Reader::attend, Reader::attend, Reader::gather, Reader::pages};
-      const bool windows = !model.geometry().windows.empty();
-      const Reader reader = readers[windows ? 2 + swarm.pick(2) : swarm.pick(4)];
+      const Reader reader = readers[swarm.pick(4)];
       const bool aborts = swarm.pick(6) == 0;
       model.step(batch, reader, aborts ? swarm.pick(model.layers()) : model.layers());
     }
@@ -235,6 +234,92 @@ TEST(CacheExhaustive, EveryShortHistoryHolds) {
       model.check();
     }
   }
+}
+
+// ---- every copy and every growth that fails -----------------------------------------------------
+
+// A fixed history with all that a cache does; what is refused or fails is left out.
+struct History {
+  explicit History(const SimFaults& faults) : model(small_geometry(2), "fit", machine(faults)) {
+    const SequenceId first = model.add();
+    step({{first, 100}});
+    SequenceId second = first;
+    act([&] { second = model.fork(first); });
+    for (int i = 0; i < 6; ++i) step({{first, 5}, {second, 9}});
+    act([&] { model.truncate(second, 90); });
+    act([&] { model.resize(16, 60); });
+    for (int i = 0; i < 4; ++i) step({{first, 1}, {second, 30}});
+    act([&] { model.resize(12, 120); });
+    step({{second, 40}});
+    act([&] { model.free(first); });
+    model.sim().set_faults({});
+    for (int i = 0; i < 8; ++i) step({{second, 1}});
+    goes_on = failed_last == false;
+  }
+
+  static SimOptions machine(const SimFaults& faults) {
+    SimOptions options = small_machine(small_geometry(2), 14, 80);
+    options.device_frames_max = 20;
+    options.pool_frames_max = 200;
+    options.faults = faults;
+    return options;
+  }
+
+  template <typename Act>
+  void act(const Act& what) {
+    failed_last = false;
+    try {
+      what();
+    } catch (const CapacityError&) {
+      ++refused;
+      failed_last = true;
+    } catch (const IoError&) {
+      ++failed;
+      failed_last = true;
+    }
+    model.check();
+  }
+
+  void step(const std::vector<StepEntry>& batch) {
+    act([&] { model.step(batch, Reader::kernel, 2); });
+  }
+
+  Model model;
+  std::uint32_t refused = 0;
+  std::uint32_t failed = 0;
+  bool failed_last = false;
+  bool goes_on = false;  // with the faults over
+};
+
+// From the i-th on eight copies fail, for every i: more than the tries of one.
+TEST(CacheFaults, EveryCopyMayFail) {
+  const std::uint64_t tickets = History({}).model.tickets();
+  EXPECT_GT(tickets, 50U);
+  std::uint32_t failed = 0;
+  for (std::uint64_t i = 1; i <= tickets; ++i) {
+    SCOPED_TRACE("copy " + std::to_string(i));
+    SimFaults faults;
+    faults.failed_ticket = i;
+    faults.failed_tickets = 8;
+    const History history(faults);
+    EXPECT_TRUE(history.goes_on);
+    failed += history.failed;
+  }
+  EXPECT_GT(failed, tickets / 4);
+}
+
+TEST(CacheFaults, EveryGrowthMayBeRefused) {
+  std::uint32_t refused = 0;
+  for (std::uint64_t i = 1; i <= 12; ++i) {
+    SCOPED_TRACE("growth " + std::to_string(i));
+    SimFaults faults;
+    faults.refused_growth = i;
+    const History history(faults);
+    EXPECT_TRUE(history.goes_on);
+    EXPECT_EQ(history.failed, 0U);
+    refused += history.refused;
+  }
+  EXPECT_GT(refused, 0U);
 }
 
 }  // namespace

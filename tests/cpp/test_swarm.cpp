@@ -9,7 +9,6 @@
 #include <cstdlib>
 #include <iostream>
 #include <optional>
-#include <set>
 #include <string>
 
 #include "reference_model.hpp"
@@ -32,6 +31,7 @@ constexpr std::uint32_t tokens_max = 400;  // of a sequence; then it is cut or f
 struct Kind {
   bool faults = false;
   bool streams = false;
+  double silent = 0;  // see SimFaults
 };
 
 // What was seen, so that a kind of run can be asked whether it saw what it is about.
@@ -94,6 +94,7 @@ class Run {
     options.streams = kind_.streams;
     options.seed = seed;
     if (kind_.faults) options.faults = draw_faults();
+    options.faults.silent = kind_.silent;
     return options;
   }
 
@@ -258,7 +259,7 @@ class Run {
   bool asking_ = false;      // the call that runs may be refused
   bool fits_ = false;        // but not for want of room on the device
   bool truncating_ = false;  // the call that runs may be forbidden
-  bool full_ = false;  // the last call was refused
+  bool full_ = false;        // the last call was refused
   bool broken_ = false;
   bool broken_once_ = false;
 };
@@ -315,6 +316,8 @@ Tally run_many(const Kind& kind) {
 TEST(Swarm, HoldsOnAMachineWithoutFaults) {
   const Tally tally = run_many({});
   EXPECT_GT(tally.streamed_frames, 0U);
+  EXPECT_GT(tally.forks, 0U);
+  EXPECT_GT(tally.resizes, 0U);
 }
 
 TEST(Swarm, HoldsOnAMachineWithFaults) {
@@ -322,7 +325,70 @@ TEST(Swarm, HoldsOnAMachineWithFaults) {
   EXPECT_GT(tally.io_errors, 0U);
 }
 
-TEST(Swarm, HoldsWhereComputeRunsOnStreams) { run_many({.faults = false, .streams = true}); }
+TEST(Swarm, HoldsWhereComputeRunsOnStreams) {
+  const Tally tally = run_many({.streams = true});
+  EXPECT_GT(tally.streamed_frames, 0U);
+}
+
+// ---- canaries: what must be seen ----------------------------------------------------------------
+
+// Lets copies of one lane begin before the stream has come to where they may.
+template <Lane unfenced>
+class WithoutFences final : public ProxyBackend {
+ public:
+  using ProxyBackend::ProxyBackend;
+  Ticket submit(Lane lane, std::span<const Copy> copies, std::span<const Dep> after) override {
+    std::vector<Dep> deps(after.begin(), after.end());
+    for (Dep& dep : deps) {
+      if (lane == unfenced) dep.fence = {};
+    }
+    return ProxyBackend::submit(lane, copies, deps);
+  }
+};
+
+// Says of now and then a write that it is done, and does not do it.
+class LosesWrites final : public ProxyBackend {
+ public:
+  using ProxyBackend::ProxyBackend;
+  Ticket submit(Lane lane, std::span<const Copy> copies, std::span<const Dep> after) override {
+    const bool lost = lane == Lane::device_to_pool && ++writes_ % 64 == 0;
+    return ProxyBackend::submit(lane, lost ? std::span<const Copy>{} : copies, after);
+  }
+
+ private:
+  std::uint32_t writes_ = 0;
+};
+
+template <class Wrapper>
+std::unique_ptr<ProxyBackend> wrapped(std::unique_ptr<SimBackend> sim) {
+  return std::make_unique<Wrapper>(std::move(sim));
+}
+
+void expect_seen(const Kind& kind, Run::Wrap wrap) {
+  std::uint32_t seen = 0;
+  constexpr std::uint32_t seeds = 10;
+  for (std::uint64_t seed = 1; seed <= seeds; ++seed) {
+    Tally tally;
+    const auto failure = failure_of(seed, kind, wrap, tally);
+    const bool told =
+        failure && failure->find("does not hold what was stored") != std::string::npos;
+    seen += told ? 1 : 0;
+    EXPECT_TRUE(told || tally.streamed_frames == 0) << "PIE_SEED=" << seed << " saw nothing";
+  }
+  EXPECT_GT(seen, seeds / 2);
+}
+
+TEST(SwarmCanary, SeesDataThatChangeOnTheirWay) { expect_seen({.silent = 0.02}, plain); }
+
+TEST(SwarmCanary, SeesWritesThatNeverArrive) { expect_seen({}, wrapped<LosesWrites>); }
+
+TEST(SwarmCanary, SeesLoadsIntoFramesThatAreRead) {
+  expect_seen({.streams = true}, wrapped<WithoutFences<Lane::pool_to_device>>);
+}
+
+TEST(SwarmCanary, SeesWritesOfFramesThatAreNotFilled) {
+  expect_seen({.streams = true}, wrapped<WithoutFences<Lane::device_to_pool>>);
+}
 
 }  // namespace
 }  // namespace pie
