@@ -116,6 +116,52 @@ def test_several_turns_with_one_cache(model, attention: str) -> None:
         cache.check()
 
 
+BEAMS = [
+    {"num_beams": 4},
+    {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.5},
+    {"num_beams": 4, "do_sample": True, "temperature": 0.8},
+]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("options", BEAMS, ids=["search", "return_all", "sample"])
+def test_beams(model, attention: str, options: dict[str, object]) -> None:
+    inputs = batch([70, 31])
+    torch.manual_seed(5)
+    expected = greedy(model, inputs, 40, **options)
+    model.set_attn_implementation(attention)
+    # In the tight budget the beams' KV is streamed; what they share is held once.
+    tight = {"device_bytes": "176KiB", "pool_bytes": "64MiB", "block_tokens": 16}
+    for budget in (ROOMY, tight if attention == "pie" else {**ROOMY, "policy": "fixed:0.8"}):
+        torch.manual_seed(5)
+        with TieredCache(model.config, model.dtype, **budget) as cache:
+            assert torch.equal(greedy(model, inputs, 40, cache, **options), expected)
+            cache.check()
+            if budget is not ROOMY:
+                assert cache.stats().streamed_bytes > 0
+
+
+def test_rows_are_repeated_and_selected(model) -> None:
+    inputs = batch([40, 17])
+    model.set_attn_implementation("pie")
+    with TieredCache(model.config, model.dtype, **ROOMY) as cache:
+        cache.batch_repeat_interleave(2)  # of nothing: nothing
+        greedy(model, inputs, 2, cache)
+        held = cache.stats().kv_bytes
+        cache.batch_repeat_interleave(2)
+        assert (cache.batch_size, cache.stats().kv_bytes) == (4, held)
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        assert (cache.batch_size, cache.stats().kv_bytes) == (2, held)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        cache.check()
+        with pytest.raises(pie.LogicError, match=r"rows \[2\]"):
+            cache.batch_select_indices(torch.tensor([2]))
+        with pytest.raises(pie.LogicError, match="at least one"):
+            cache.batch_select_indices(torch.tensor([], dtype=torch.long))
+        ids = torch.cat([inputs["input_ids"], torch.tensor([[5], [6]])], 1)
+        assert cache.get_seq_length() == ids.shape[1]
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_crop_and_reset(model, attention: str) -> None:
     inputs = batch([40, 17])
@@ -320,16 +366,6 @@ def test_another_batch_size_needs_reset(model) -> None:
             model(**batch([4, 4]), past_key_values=cache)
             with pytest.raises(pie.LogicError, match=r"batch of 3 .* holds one of 2"):
                 model(torch.tensor([[1], [1], [1]]), past_key_values=cache)
-
-
-def test_beams_and_other_selections(model) -> None:
-    with TieredCache(model.config, "f32", **ROOMY) as cache:
-        with pytest.raises(NotImplementedError, match="num_beams=1"):
-            greedy(model, batch([5]), 3, cache, num_beams=2)
-        with pytest.raises(NotImplementedError, match="repeat"):
-            cache.batch_repeat_interleave(2)
-        with pytest.raises(NotImplementedError, match="select"):
-            cache.batch_select_indices(torch.tensor([0]))
 
 
 # What breaks in the middle.

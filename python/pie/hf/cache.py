@@ -226,18 +226,38 @@ class TieredCache(Cache):
         self.close()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Refuses: beam search is not supported."""
-        raise NotImplementedError(
-            "pie.hf.TieredCache does not reorder its rows yet: use num_beams=1."
-        )
+        """Row i becomes what row `beam_idx[i]` was: for beam search. No K or V is copied."""
+        self._select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refuses: rows are not copied."""
-        raise NotImplementedError("pie.hf.TieredCache does not repeat its rows yet.")
+        """Every row comes `repeats` times, next to each other."""
+        rows = range(len(self._sequences))
+        self._select([row for row in rows for _ in range(int(repeats))])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Refuses: rows are not dropped."""
-        raise NotImplementedError("pie.hf.TieredCache does not select among its rows yet.")
+        """Keeps the rows that `indices` names, in that order."""
+        self._select(indices.tolist())
+
+    def _select(self, rows: list[int]) -> None:
+        """Makes the batch of these rows of it; a row that comes again is forked."""
+        self._take_back()
+        if not self._sequences:
+            return
+        if not rows or not all(0 <= row < len(self._sequences) for row in rows):
+            raise LogicError(
+                f"The rows {rows} were asked of a cache that holds rows 0 to "
+                f"{len(self._sequences) - 1}: name at least one, and only those."
+            )
+        kept: set[int] = set()
+        sequences = []
+        for row in rows:
+            sequence = self._sequences[row]
+            sequences.append(self.kv.fork(sequence) if row in kept else sequence)
+            kept.add(row)
+        for row in set(range(len(self._sequences))) - kept:
+            self.kv.free(self._sequences[row])
+        self._sequences = sequences
+        self._pads = [self._pads[row] for row in rows]
 
     # What transformers asks about every cache.
 
