@@ -230,14 +230,62 @@ def test_families_pass_the_probe(kind: str, attention: str) -> None:
     loading.probe(build(kind, attention, sliding_window=None, **grouped))
 
 
+# Windows, soft caps, sinks.
+
+HEADS = {"num_key_value_heads": 2, "head_dim": 16}
+MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+WINDOWED = {
+    "mistral": {"sliding_window": 20, **HEADS},
+    "phi3": {"sliding_window": 20, **HEADS},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 20, **MIXED, **HEADS},
+    "gemma2": {"sliding_window": 20, "attn_logit_softcapping": 2.0, **MIXED, **HEADS},
+    "gemma3_text": {"sliding_window": 20, **MIXED, **HEADS},
+    "gpt_oss": {
+        "sliding_window": 20,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        **MIXED,
+        **HEADS,
+    },
+}
+
+
+@pytest.mark.parametrize("attention", ["pie", "eager"])
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_windowed_families_generate_their_own_tokens(kind: str, attention: str) -> None:
+    model = build(kind, "eager", **WINDOWED[kind])
+    for parameter in model.parameters():  # scores far from 0, where soft caps and sinks show
+        parameter.data.mul_(3)
+    loading.probe(model)
+    inputs = batch([90, 41])
+    expected = greedy(model, inputs, 40)
+    model.set_attn_implementation(attention)
+    for options in (ROOMY, {"device_bytes": "144KiB", "pool_bytes": "64MiB", "block_tokens": 16}):
+        if attention != "pie":
+            options = {**ROOMY, "policy": "fixed:0.8"}
+        with TieredCache(model.config, model.dtype, **options) as cache:
+            assert torch.equal(greedy(model, inputs, 40, cache), expected)
+            cache.check()
+            whole = 2 * (130 + 81) * 3 * 2 * 16 * 4 * 0.99
+            assert cache.stats().kv_bytes < whole, "what no token sees was given back"
+            with pytest.raises(pie.LogicError, match="window of 20"):
+                cache.crop(50)
+
+
+def test_a_window_that_is_not_the_configs_is_refused() -> None:
+    model = build("mistral", "pie", **WINDOWED["mistral"])
+    with TieredCache(model.config, "f32", **ROOMY) as cache:
+        model.config.sliding_window = 8
+        with pytest.raises(pie.ConfigError, match="sliding_window=8"):
+            greedy(model, batch([30]), 1, cache)
+
+
 # What is refused, by name.
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "what"),
     [
-        ("mistral", {"sliding_window": 16}, "sliding_window=16"),
-        ("gemma2", {}, "sliding_attention"),
         ("qwen3_next", {}, "linear_attention"),
         ("llama4_text", {}, "chunked_attention"),
         ("deepseek_v3", {}, "kv_lora_rank"),
@@ -276,7 +324,7 @@ def test_dtype_that_is_not_the_models(model, attention: str) -> None:
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("s_aux", torch.zeros(4)), ("softcap", 30.0), ("sliding_window", 8), ("anything", 1)],
+    [("position_bias", torch.zeros(4)), ("sliding_window", 8), ("anything", 1)],
 )
 def test_unknown_arguments_of_the_attention(model, argument: str, value: object) -> None:
     model.set_attn_implementation("pie")
@@ -505,8 +553,8 @@ def test_load_what_is_no_model(folder: Path, tmp_path: Path) -> None:
 
 
 def test_load_refuses_a_model_by_name(folder: Path) -> None:
-    build("mistral", sliding_window=8).save_pretrained(folder)
-    with pytest.raises(pie.ConfigError, match="'mistral' with sliding_window=8"):
+    build("qwen3_next", attention="eager", num_hidden_layers=4).save_pretrained(folder)
+    with pytest.raises(pie.ConfigError, match=r"'qwen3_next' with .*linear_attention"):
         pie.hf.load(folder)
 
 

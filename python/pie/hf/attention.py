@@ -8,6 +8,7 @@ wrong tokens.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,6 +77,9 @@ def attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Appends the pending K and V and attends; returns `[batch, tokens, heads, head_dim]`."""
@@ -91,7 +95,13 @@ def attention(
             raise _refusal(module, name, argument)
     if not getattr(module, "is_causal", True):
         raise _refusal(module, "is_causal", False)
-    return key.cache.attend(key.layer, query, key.rows, value.rows, attention_mask, scaling), None
+    cache, layer = key.cache, key.layer
+    if sliding_window is not None and sliding_window != cache.windows[layer]:
+        raise _refusal(module, "sliding_window", sliding_window)
+    attended = cache.attend(
+        layer, query, key.rows, value.rows, attention_mask, scaling, softcap, s_aux
+    )
+    return attended, None
 
 
 def _refusal(module: torch.nn.Module, name: str, argument: object) -> ConfigError:
@@ -111,14 +121,15 @@ def mask(
 ) -> torch.Tensor | None:
     """The mask that models get for "pie": the 2-D padding mask, None where it hides nothing.
 
-    Causality needs no mask. Any other pattern (sliding windows, chunks, packed sequences, images)
-    is refused.
+    Causality needs no mask, nor do the sliding windows of the config, which the cache knows. Any
+    other pattern (chunks, packed sequences, images) is refused.
     """
-    if mask_function is not causal_mask_function:
+    window = getattr(kwargs.get("config"), "sliding_window", None)
+    if mask_function is not causal_mask_function and not _is_sliding(mask_function, window):
         raise ConfigError(
-            "The model asks for an attention mask that is not plainly causal (a sliding window, "
-            "chunks, blocks or packed sequences), which the attention 'pie' does not do: "
-            "load it with another attn_implementation."
+            "The model asks for an attention mask that is neither plainly causal nor the sliding "
+            "window of its config (chunks, blocks or packed sequences), which the attention 'pie' "
+            "does not do: load it with another attn_implementation."
         )
     if attention_mask is None:
         return None
@@ -129,6 +140,22 @@ def mask(
         )
     attention_mask = attention_mask[:, :kv_length].bool()
     return None if bool(attention_mask.all()) else attention_mask
+
+
+def _is_sliding(mask_function: Any, window: int | None) -> bool:
+    """Whether this is what transformers makes of one sliding window of this size, and no more.
+
+    A mask function tells nothing of itself but its name and what it closes over.
+    """
+    if window is None or "and_masks" not in getattr(mask_function, "__qualname__", ""):
+        return False
+    parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
+    if len(parts) != 2 or parts[1] is not causal_mask_function:
+        return False
+    overlay = parts[0]
+    if not overlay.__qualname__.startswith("sliding_window_overlay."):
+        return False
+    return bool(inspect.getclosurevars(overlay).nonlocals == {"sliding_window": window})
 
 
 def register() -> None:

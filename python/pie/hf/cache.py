@@ -24,6 +24,16 @@ from pie.cache import Stats, TieredKVCache, torch_dtype
 from pie.hf.attention import PendingKV
 
 
+def windows(config: PreTrainedConfig) -> list[int]:
+    """Of each layer, how many tokens a token sees, itself included; 0 is all."""
+    config = config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None) or 0
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return [window] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else 0 for kind in layer_types]
+
+
 def geometry(config: PreTrainedConfig) -> tuple[int, int, int]:
     """(layers, KV heads, head_dim) of a model's KV; ConfigError where Pie cannot hold it."""
     config = config.get_text_config(decoder=True)
@@ -40,16 +50,16 @@ def geometry(config: PreTrainedConfig) -> tuple[int, int, int]:
 
 def _unsupported(config: PreTrainedConfig) -> str | None:
     """What in this config is beyond Pie, as the predicate of a sentence."""
-    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    known = {"full_attention", "sliding_attention"}
+    others = set(getattr(config, "layer_types", None) or ()) - known
     if others:
-        return f"with layers other than full attention ({', '.join(sorted(others))})"
+        return f"with layers other than full or sliding attention ({', '.join(sorted(others))})"
     if getattr(config, "is_encoder_decoder", False):
         return "with an encoder"
     if getattr(config, "is_heterogeneous", False):
         return "with a geometry that differs between layers"
-    for name in ("sliding_window", "attention_chunk_size"):
-        if getattr(config, name, None) is not None:
-            return f"with {name}={getattr(config, name)}"
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return f"with attention_chunk_size={config.attention_chunk_size}"
     if getattr(config, "num_kv_shared_layers", 0):
         return "with layers that share their K and V"
     if getattr(config, "kv_lora_rank", None) is not None:
@@ -95,8 +105,10 @@ class TieredCache(Cache):
             pool_dir=pool_dir,
             block_tokens=block_tokens,
             policy=policy,
+            windows=windows(config),
         )
         self._sequences: list[int] = []  # one for each row of the batch
+        self.windows = windows(config)
         self._length = 0  # tokens seen, padding included
         self._pads = [0]  # of each row, how many of them are padding that is not stored
         self._due = 0  # the layer that comes next; 0 where no step is open
@@ -145,6 +157,8 @@ class TieredCache(Cache):
         value: torch.Tensor,
         mask: torch.Tensor | None,
         scaling: float | None,
+        soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Appends a layer's K and V and attends; for the attention function "pie" to call."""
         batch, heads, tokens, head_dim = query.shape
@@ -153,18 +167,21 @@ class TieredCache(Cache):
         if layer == 0:
             self._open(batch, tokens, self._pads_of(mask, batch, tokens))
             self._mask = mask
-        elif mask is not self._mask:
+        elif not _same(mask, self._mask):
             raise ConfigError(
                 "The model's layers attend under different masks, which the attention 'pie' does "
                 "not do: load it with another attn_implementation."
             )
         rows = [_packed(query), _packed(key), _packed(value)]
+        asks: dict[str, Any] = {"soft_cap": soft_cap or 0.0}
+        if sinks is not None:
+            asks["sinks"] = sinks.detach().float().contiguous()
         if self._real is None:
             out = query.new_empty((batch * tokens, heads, head_dim))
-            self.kv.attend(layer, *rows, scale=scaling, out=out)
+            self.kv.attend(layer, *rows, scale=scaling, out=out, **asks)
         else:
             real = [matrix.index_select(0, self._real) for matrix in rows]
-            attended = self.kv.attend(layer, *real, scale=scaling)
+            attended = self.kv.attend(layer, *real, scale=scaling, **asks)
             out = query.new_zeros((batch * tokens, heads, head_dim))
             out.index_copy_(0, self._real, attended)
         self._advance()
@@ -290,7 +307,7 @@ class TieredCache(Cache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        """No layer is."""
+        """No layer is: those with a window answer for all tokens, and hide the old ones."""
         return [False] * len(self)
 
     is_linear = is_sliding
@@ -387,6 +404,13 @@ class TieredCache(Cache):
                     f"[batch, {expected[0]}, tokens, {expected[1]}] in every layer: "
                     "Pie does not hold such a model."
                 )
+
+
+def _same(mask: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """Whether two padding masks hide the same."""
+    if mask is other:
+        return True
+    return mask is not None and other is not None and torch.equal(mask, other)
 
 
 def _packed(states: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from pie.hf.cache import TieredCache, geometry
 _PROBE_LIMIT = {"f32": 1e-3, "f16": 1e-2, "bf16": 5e-2}
 _PROBE_CHUNKS = (37, 11)  # tokens
 _PROBE_PADDING = 9  # columns of left padding in the probe's second row
+_PROBE_WINDOW = 16  # what windows are shrunk to, so that the chunks are longer than one
 
 
 def load(
@@ -80,8 +83,8 @@ def load(
 def probe(model: Any) -> None:
     """Raises ConfigError unless `model` through a TieredCache matches its own eager attention.
 
-    Two rows, one of them padded on the left, go through in two chunks. Models with an attention
-    window are refused before this, so that the chunks need not be longer than one.
+    Two rows, one of them padded on the left, go through in two chunks. Attention windows are made
+    shorter than those for as long as it takes.
     """
     name, asked = type(model).__name__, model.config._attn_implementation
     if asked == "pie" and not model._can_set_attn_implementation():
@@ -92,11 +95,12 @@ def probe(model: Any) -> None:
     try:
         geometry(model.config)
         inputs = _probe_inputs(model)
-        model.set_attn_implementation("eager")
-        with torch.no_grad():
-            expected = model(**inputs, use_cache=False).logits[:, _PROBE_CHUNKS[0] :]
-        model.set_attn_implementation(asked)
-        found = _probe_in_chunks(model, inputs)
+        with _short_windows(model):
+            model.set_attn_implementation("eager")
+            with torch.no_grad():
+                expected = model(**inputs, use_cache=False).logits[:, _PROBE_CHUNKS[0] :]
+            model.set_attn_implementation(asked)
+            found = _probe_in_chunks(model, inputs)
     except MemoryError:
         raise
     except Exception as error:
@@ -112,6 +116,25 @@ def probe(model: Any) -> None:
             f"those of its own attention by {difference:.2g} of their size, more than rounding "
             f"explains ({limit:g})."
         )
+
+
+@contextlib.contextmanager
+def _short_windows(model: Any) -> Iterator[None]:
+    """Shrinks the sliding windows of a model's config and of its layers, and puts them back."""
+    config = model.config.get_text_config(decoder=True)
+    owners = [
+        owner
+        for owner in (config, *model.modules())
+        if (getattr(owner, "sliding_window", None) or 0) > _PROBE_WINDOW
+    ]
+    before = [owner.sliding_window for owner in owners]
+    try:
+        for owner in owners:
+            owner.sliding_window = _PROBE_WINDOW
+        yield
+    finally:
+        for owner, window in zip(owners, before, strict=True):
+            owner.sliding_window = window
 
 
 def _probe_inputs(model: Any) -> dict[str, torch.Tensor]:
