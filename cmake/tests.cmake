@@ -25,6 +25,7 @@ pie_test(scheduler)
 pie_test(sharing)
 pie_test(sim)
 pie_test(swarm)
+pie_test(trajectory)
 
 # A function compiled for AVX-512 but shared with the rest of the library (a weak symbol) would end
 # the process on a lesser CPU. Optimised builds alone inline what has to be.

@@ -1,0 +1,131 @@
+// What fixed histories cost on a simulated machine, exactly: a change of the order, the size or the
+// number of copies shows here though every result is right. Where such a change is meant, the new
+// figures go in, and their difference is what the change was worth.
+#include <gtest/gtest.h>
+
+#include <ostream>
+
+#include "reference_model.hpp"
+
+namespace pie {
+namespace {
+
+using testing::Model;
+using testing::small_geometry;
+using testing::small_machine;
+
+struct Cost {
+  Nanos now_ns = 0;  // what all of it took
+  Nanos stall_ns = 0;
+  std::uint64_t loads = 0;  // tickets
+  std::uint64_t loaded_frames = 0;
+  std::uint64_t writes = 0;
+  std::uint64_t written_frames = 0;
+
+  friend bool operator==(const Cost&, const Cost&) = default;
+  friend std::ostream& operator<<(std::ostream& out, const Cost& cost) {
+    return out << "{" << cost.now_ns << ", " << cost.stall_ns << ", " << cost.loads << ", "
+               << cost.loaded_frames << ", " << cost.writes << ", " << cost.written_frames << "}";
+  }
+};
+
+Cost cost_of(Model& model) {
+  model.check();
+  const SimCounts loads = model.sim().counts(Lane::pool_to_device);
+  const SimCounts writes = model.sim().counts(Lane::device_to_pool);
+  return {model.sim().now(), model.cache().stats().stall_ns,
+          loads.tickets,     loads.frames,
+          writes.tickets,    writes.frames};
+}
+
+// Copies end in the order of their submission, 20 us after it at the earliest.
+SimOptions orderly_machine(std::uint32_t layers, std::uint32_t device_frames,
+                           std::uint32_t pool_frames) {
+  SimOptions options = small_machine(small_geometry(layers), device_frames, pool_frames);
+  options.load = {.bytes_per_s = 0.5e9,
+                  .latency_ns = 20'000,
+                  .jitter_ns = 0,
+                  .overhead_ns = 2'000,
+                  .copies_at_once = 8};
+  options.write = options.load;
+  return options;
+}
+
+void steps(Model& model, const std::vector<StepEntry>& batch, int count,
+           Reader reader = Reader::kernel) {
+  for (int i = 0; i < count; ++i) model.step(batch, reader, model.layers());
+}
+
+TEST(Trajectory, OneSequenceBeyondTheDevice) {
+  Model model(small_geometry(6), "fit", orderly_machine(6, 60, 1000));
+  const SequenceId id = model.add();
+  steps(model, {{id, 320}}, 1);
+  steps(model, {{id, 1}}, 40);
+  EXPECT_EQ(cost_of(model), (Cost{19100644, 11506450, 1081, 3891, 81, 132}));
+}
+
+TEST(Trajectory, SeveralSequencesStreamedWhole) {
+  Model model(small_geometry(4), "fixed:1", orderly_machine(4, 60, 1000));
+  std::vector<StepEntry> prompts;
+  std::vector<StepEntry> tokens;
+  for (std::uint32_t i = 0; i < 4; ++i) {
+    prompts.push_back({model.add(), 60 + 20 * i});
+    tokens.push_back({prompts.back().sequence, 1});
+  }
+  steps(model, prompts, 1);
+  steps(model, tokens, 30);
+  EXPECT_EQ(cost_of(model), (Cost{14448841, 10832595, 915, 2861, 77, 112}));
+}
+
+TEST(Trajectory, TurnsBetweenTwoSequences) {
+  Model model(small_geometry(3), "fit", orderly_machine(3, 40, 300));
+  const SequenceId first = model.add();
+  const SequenceId second = model.add();
+  for (int i = 0; i < 8; ++i) {
+    steps(model, {{first, 23}}, 1);
+    steps(model, {{second, 1}}, 3);
+    steps(model, {{first, 1}, {second, 17}}, 1);
+  }
+  EXPECT_EQ(cost_of(model), (Cost{4159327, 516598, 93, 219, 45, 57}));
+}
+
+TEST(Trajectory, APromptOfSeveralWaves) {
+  Model model(small_geometry(2), "fit", orderly_machine(2, 40, 400));
+  const SequenceId id = model.add();
+  steps(model, {{id, 700}}, 1, Reader::attend);
+  steps(model, {{id, 500}}, 1, Reader::attend);
+  EXPECT_EQ(cost_of(model), (Cost{16265845, 16163512, 590, 995, 93, 129}));
+}
+
+TEST(Trajectory, ABudgetThatMoves) {
+  Model model(small_geometry(3), "fit", orderly_machine(3, 80, 300));
+  const SequenceId first = model.add();
+  steps(model, {{first, 300}}, 1);
+  const SequenceId second = model.fork(first);
+  for (const std::uint32_t device : {30U, 60U, 16U, 80U}) {
+    model.resize(device, 300);
+    steps(model, {{first, 1}, {second, 3}}, 6);
+  }
+  EXPECT_EQ(cost_of(model), (Cost{6849920, 4716699, 441, 885, 36, 75}));
+}
+
+// A link that fails now and then costs what it costs, and no more.
+TEST(Trajectory, RetriesOnALinkThatFails) {
+  SimOptions options = orderly_machine(4, 40, 400);
+  options.faults.failed = 0.1;
+  Model model(small_geometry(4), "fit", options);
+  const SequenceId id = model.add();
+  std::uint32_t failed = 0;
+  for (int i = 0; i < 60; ++i) {
+    try {
+      steps(model, {{id, 7}}, 1);
+    } catch (const IoError&) {
+      ++failed;
+    }
+  }
+  EXPECT_EQ(failed, 2U);
+  EXPECT_EQ(cost_of(model), (Cost{13781714, 6781082, 570, 1965, 99, 111}));
+}
+
+}  // namespace
+}  // namespace pie
