@@ -109,6 +109,19 @@ TEST(Trajectory, ABudgetThatMoves) {
   EXPECT_EQ(cost_of(model), (Cost{6849920, 4716699, 441, 885, 36, 75}));
 }
 
+// The step after the cut fills what is partial now, and was full and in the pool before.
+TEST(Trajectory, ACutIntoAFullBlock) {
+  Model model(small_geometry(3), "fixed:1", orderly_machine(3, 40, 300));
+  const SequenceId id = model.add();
+  steps(model, {{id, 300}}, 1);
+  for (int i = 0; i < 6; ++i) {
+    steps(model, {{id, 1}}, 1);
+    model.truncate(id, model.length(id) - 40);
+    steps(model, {{id, 12}}, 2);
+  }
+  EXPECT_EQ(cost_of(model), (Cost{4593261, 3033591, 239, 757, 57, 81}));
+}
+
 // A link that fails now and then costs what it costs, and no more.
 TEST(Trajectory, RetriesOnALinkThatFails) {
   SimOptions options = orderly_machine(4, 40, 400);

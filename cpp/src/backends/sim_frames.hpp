@@ -26,7 +26,7 @@ class SimFrames {
   void yield(Lane lane, const Copy& copy);
 
   void move(Lane lane, const Copy& copy);
-  void duplicate(FrameIndex from, FrameIndex to);  // on the device
+  void duplicate(FrameIndex from, FrameIndex to);                // on the device
   void spoil(Tier tier, FrameIndex first, std::uint32_t count);  // they are garbage from now on
 
   // Rotten frames of the pool are those that no load can read.
