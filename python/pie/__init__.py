@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pie._core import CapacityError, ConfigError, IoError, LogicError
 
 if TYPE_CHECKING:
-    from pie import hf
+    from pie import hf, ops
     from pie.cache import Stats, TieredKVCache
 
 __all__ = [
@@ -23,14 +23,15 @@ __all__ = [
     "Stats",
     "TieredKVCache",
     "hf",
+    "ops",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in ("Stats", "TieredKVCache"):
         return getattr(importlib.import_module("pie.cache"), name)
-    if name == "hf":
-        return importlib.import_module("pie.hf")
+    if name in ("hf", "ops"):
+        return importlib.import_module(f"pie.{name}")
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("pie-core")
     raise AttributeError(f"module 'pie' has no attribute {name!r}")

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "_pages.hpp"
 #include "pie/attention.hpp"
 #include "pie/backends.hpp"
 #include "pie/cache.hpp"
@@ -380,5 +381,6 @@ NB_MODULE(_core, module) {
   module.doc() = "Native core of Pie.";
   bind_exceptions(module);
   bind_functions(module);
+  bind_pages(module);
   bind_cache(module);
 }

@@ -30,6 +30,12 @@ def use_openmp(library: str, threads: int) -> bool:
     Runs loops on the OpenMP team of a library that this process has loaded.
     """
 
+def append_pages(frames: Any, table: Any, starts: Any, positions: Any, k: Any, v: Any) -> None:
+    """Writes K and V rows into the frames that the table names."""
+
+def attend_pages(frames: Any, table: Any, starts: Any, positions: Any, q: Any, out: Any, lse: Any, scale: float, window: int, soft_cap: float, sinks: Any) -> None:
+    """Attends to the K and V in the frames that the table names."""
+
 class Cache:
     """Native side of pie.TieredKVCache."""
 

@@ -6,11 +6,11 @@ tensor is a sentence and never a wrong token) and lends the native loops torch's
 
 from __future__ import annotations
 
+import itertools
 import os
-import re
 import warnings
+import weakref
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -19,7 +19,9 @@ from torch.utils.dlpack import from_dlpack
 
 from pie import _core
 from pie._core import ConfigError, LogicError
+from pie.ops import check_sinks, library
 from pie.sizes import parse_size
+from pie.threads import lend_threads
 
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 _AUTO_FREE_BYTES = 16 << 20  # on a disk with less free than this, "auto" is refused
@@ -149,6 +151,7 @@ class TieredKVCache:
         self._scale = self.head_dim**-0.5
         self._rows = 0  # new tokens of the open step, 0 outside a step
         self._batch = 0  # its sequences
+        self._next = 0  # its layer that attends next
         self._core = _core.Cache(
             layers=self.num_layers,
             kv_heads=self.num_kv_heads,
@@ -162,6 +165,9 @@ class TieredKVCache:
             windows=[_count("a window", window) for window in windows or ()],
         )
         self._frames: torch.Tensor | None = None
+        number = next(_numbers)
+        _caches[number] = self
+        self._handle = torch.tensor([number])  # what the operator knows this cache by
         self._report_fallback()
 
     def add(self) -> int:
@@ -274,20 +280,38 @@ class TieredKVCache:
         q's shape and lies in `out` if given; with `return_lse` the natural log-sum-exp of the
         scaled scores, `[tokens, query_heads]` in float32, comes too.
         """
+        layer = self._layer(layer)
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            _check_place(name, tensor)
+        if out is None:
+            out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse else None
+        _attend_op(self._handle, q, k, v, out, lse, layer, scale, soft_cap, sinks)
+        return out if lse is None else (out, lse)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        layer: int,
+        scale: float | None = None,
+        soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        """`attend`, when it runs."""
         query_heads = self._query_heads(q)
-        rows = self._open_rows("attend")
+        self._open_rows("attend")
         self._check_tensor("q", q, query_heads)
         self._check_tensor("k", k, self.num_kv_heads)
         self._check_tensor("v", v, self.num_kv_heads)
+        self._check_tensor("out", out, query_heads)
         if sinks is not None:
-            _check_sinks(sinks, query_heads)
-        if out is None:
-            out = torch.empty((rows, query_heads, self.head_dim), dtype=self.dtype)
-        else:
-            self._check_tensor("out", out, query_heads)
-        lse = torch.empty((rows, query_heads)) if return_lse else None
+            check_sinks(sinks, query_heads)
         self._core.attend(
-            self._layer(layer),
+            self._next if layer < 0 else layer,
             k.data_ptr(),
             k.stride(0),
             k.stride(1),
@@ -306,7 +330,7 @@ class TieredKVCache:
             0 if sinks is None else sinks.data_ptr(),
             0 if lse is None else lse.data_ptr(),
         )
-        return out if lse is None else (out, lse)
+        self._next += 1
 
     def gather(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
@@ -398,13 +422,14 @@ class TieredKVCache:
 
     def _begin(self, batch: Sequence[tuple[int, int]], reader: str) -> None:
         entries = [(_known(sequence), _count("new tokens", tokens)) for sequence, tokens in batch]
-        _lend_threads()
+        lend_threads()
         rows = sum(tokens for _, tokens in entries)
         if rows == 0:
             raise LogicError("The step's batch has no new tokens: leave such a step out.")
         self._core.begin(entries, reader)
         self._rows = rows
         self._batch = len(entries)
+        self._next = 0
 
     def _finish(self) -> None:
         self._rows = 0
@@ -435,8 +460,6 @@ class TieredKVCache:
         return layer
 
     def _query_heads(self, q: torch.Tensor) -> int:
-        if not isinstance(q, torch.Tensor):
-            raise LogicError(f"q is a {type(q).__name__}: give a torch.Tensor.")
         heads = q.shape[1] if q.dim() == 3 else 0
         if heads == 0 or heads % self.num_kv_heads:
             raise LogicError(
@@ -446,8 +469,7 @@ class TieredKVCache:
         return heads
 
     def _check_tensor(self, name: str, tensor: torch.Tensor, heads: int) -> None:
-        if not isinstance(tensor, torch.Tensor):
-            raise LogicError(f"{name} is a {type(tensor).__name__}: give a torch.Tensor.")
+        _check_place(name, tensor)
         shape = (self._rows, heads, self.head_dim)
         if tensor.shape != shape:
             raise LogicError(
@@ -456,8 +478,6 @@ class TieredKVCache:
             )
         if tensor.dtype is not self.dtype:
             raise LogicError(f"{name} is {tensor.dtype}, this cache holds {self.dtype}.")
-        if tensor.device.type != "cpu":
-            raise LogicError(f"{name} is on {tensor.device}, this cache computes on cpu: move it.")
         if tensor.stride(2) != 1:
             raise LogicError(f"{name} is not contiguous in its last dimension: call contiguous().")
         if tensor.requires_grad and torch.is_grad_enabled():
@@ -473,24 +493,17 @@ def _positive(name: str, value: int) -> int:
     return value
 
 
+def _check_place(name: str, tensor: torch.Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise LogicError(f"{name} is a {type(tensor).__name__}: give a torch.Tensor.")
+    if tensor.device.type != "cpu":
+        raise LogicError(f"{name} is on {tensor.device}, this cache computes on cpu: move it.")
+
+
 def _count(name: str, value: int) -> int:
     if type(value) is not int or not 0 <= value < 2**32:
         raise LogicError(f"{name} is {value!r}: give a whole number that is not negative.")
     return value
-
-
-def _check_sinks(sinks: torch.Tensor, heads: int) -> None:
-    if (
-        not isinstance(sinks, torch.Tensor)
-        or sinks.shape != (heads,)
-        or sinks.dtype is not torch.float32
-        or not sinks.is_contiguous()
-        or sinks.device.type != "cpu"
-    ):
-        raise LogicError(
-            f"sinks must be a contiguous float32 tensor of shape [{heads}] on cpu, one for each "
-            "query head."
-        )
 
 
 def _known(sequence: int) -> int:
@@ -519,26 +532,25 @@ def _pool_bytes(pool_bytes: int | str | None, directory: str) -> int:
     return _bytes_or_none(pool_bytes, "pool_bytes")
 
 
-_lent_threads = 0
+# The operator under TieredKVCache.attend, so that eager and compiled models go one way. It finds
+# the cache by the number in `handle`. That tensor and `out` are declared as written, as what they
+# stand for is: so a compiler neither drops a call nor moves one past another. A negative `layer` is
+# the one that is due.
+library.define(
+    "attend_tiered(Tensor(a!) handle, Tensor q, Tensor k, Tensor v, Tensor(b!) out, "
+    "Tensor(c!)? lse, int layer, float? scale=None, float soft_cap=0., Tensor? sinks=None) -> ()"
+)
+_caches: weakref.WeakValueDictionary[int, TieredKVCache] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
-def _lend_threads() -> None:
-    """Runs the native loops on torch's own OpenMP team, of the size that torch has now."""
-    global _lent_threads
-    threads = torch.get_num_threads()
-    if threads == _lent_threads:
-        return
-    _lent_threads = threads
-    if threads > 1 and not any(_core.use_openmp(path, threads) for path in _openmp_libraries()):
-        warnings.warn(
-            "torch's OpenMP library was not found in this process, so Pie attends on one thread.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+def _attend_tiered(handle: torch.Tensor, *arguments: Any) -> None:
+    cache = _caches.get(int(handle))
+    if cache is None:
+        raise LogicError("attend_tiered: the cache of this handle is gone; keep it while in use.")
+    cache._attend(*arguments)
 
 
-def _openmp_libraries() -> list[str]:
-    """Paths of the OpenMP libraries that are loaded, torch's first."""
-    maps = Path("/proc/self/maps").read_text()
-    paths = sorted(set(re.findall(r"(/\S*/lib(?:gomp|omp|iomp5)[-.]\S*)$", maps, re.MULTILINE)))
-    return sorted(paths, key=lambda path: "/torch" not in path)
+library.impl("attend_tiered", _attend_tiered, "CPU")
+torch.library.register_fake("pie::attend_tiered", lambda *_: None, lib=library)
+_attend_op = torch.ops.pie.attend_tiered.default

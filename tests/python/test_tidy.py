@@ -31,7 +31,7 @@ LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 SEAM = {"types", "error", "backend", "backends", "parallel", "attention"}
 
 # The same for the modules of the package.
-PARTS = ["_core", "sizes", "cache", "info", "hf", "cli"]
+PARTS = ["_core", "sizes", "threads", "ops", "cache", "info", "hf", "cli"]
 
 
 def files(*patterns: str) -> list[Path]:
