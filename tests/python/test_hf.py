@@ -11,10 +11,17 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    masking_utils,
+)
 
 import pie
 from pie.hf import TieredCache, loading
+from pie.hf import attention as attention_of_pie
 
 ATTENTIONS = ["pie", "sdpa", "eager"]
 SHAPE = {
@@ -116,52 +123,6 @@ def test_several_turns_with_one_cache(model, attention: str) -> None:
         cache.check()
 
 
-BEAMS = [
-    {"num_beams": 4},
-    {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.5},
-    {"num_beams": 4, "do_sample": True, "temperature": 0.8},
-]
-
-
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("options", BEAMS, ids=["search", "return_all", "sample"])
-def test_beams(model, attention: str, options: dict[str, object]) -> None:
-    inputs = batch([70, 31])
-    torch.manual_seed(5)
-    expected = greedy(model, inputs, 40, **options)
-    model.set_attn_implementation(attention)
-    # In the tight budget the beams' KV is streamed; what they share is held once.
-    tight = {"device_bytes": "176KiB", "pool_bytes": "64MiB", "block_tokens": 16}
-    for budget in (ROOMY, tight if attention == "pie" else {**ROOMY, "policy": "fixed:0.8"}):
-        torch.manual_seed(5)
-        with TieredCache(model.config, model.dtype, **budget) as cache:
-            assert torch.equal(greedy(model, inputs, 40, cache, **options), expected)
-            cache.check()
-            if budget is not ROOMY:
-                assert cache.stats().streamed_bytes > 0
-
-
-def test_rows_are_repeated_and_selected(model) -> None:
-    inputs = batch([40, 17])
-    model.set_attn_implementation("pie")
-    with TieredCache(model.config, model.dtype, **ROOMY) as cache:
-        cache.batch_repeat_interleave(2)  # of nothing: nothing
-        greedy(model, inputs, 2, cache)
-        held = cache.stats().kv_bytes
-        cache.batch_repeat_interleave(2)
-        assert (cache.batch_size, cache.stats().kv_bytes) == (4, held)
-        cache.batch_select_indices(torch.tensor([3, 0]))
-        assert (cache.batch_size, cache.stats().kv_bytes) == (2, held)
-        cache.reorder_cache(torch.tensor([1, 0]))
-        cache.check()
-        with pytest.raises(pie.LogicError, match=r"rows \[2\]"):
-            cache.batch_select_indices(torch.tensor([2]))
-        with pytest.raises(pie.LogicError, match="at least one"):
-            cache.batch_select_indices(torch.tensor([], dtype=torch.long))
-        ids = torch.cat([inputs["input_ids"], torch.tensor([[5], [6]])], 1)
-        assert cache.get_seq_length() == ids.shape[1]
-
-
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_crop_and_reset(model, attention: str) -> None:
     inputs = batch([40, 17])
@@ -230,56 +191,6 @@ def test_families_pass_the_probe(kind: str, attention: str) -> None:
     loading.probe(build(kind, attention, sliding_window=None, **grouped))
 
 
-# Windows, soft caps, sinks.
-
-HEADS = {"num_key_value_heads": 2, "head_dim": 16}
-MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-WINDOWED = {
-    "mistral": {"sliding_window": 20, **HEADS},
-    "phi3": {"sliding_window": 20, **HEADS},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 20, **MIXED, **HEADS},
-    "gemma2": {"sliding_window": 20, "attn_logit_softcapping": 2.0, **MIXED, **HEADS},
-    "gemma3_text": {"sliding_window": 20, **MIXED, **HEADS},
-    "gpt_oss": {
-        "sliding_window": 20,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        **MIXED,
-        **HEADS,
-    },
-}
-
-
-@pytest.mark.parametrize("attention", ["pie", "eager"])
-@pytest.mark.parametrize("kind", WINDOWED)
-def test_windowed_families_generate_their_own_tokens(kind: str, attention: str) -> None:
-    model = build(kind, "eager", **WINDOWED[kind])
-    for parameter in model.parameters():  # scores far from 0, where soft caps and sinks show
-        parameter.data.mul_(3)
-    loading.probe(model)
-    inputs = batch([90, 41])
-    expected = greedy(model, inputs, 40)
-    model.set_attn_implementation(attention)
-    for options in (ROOMY, {"device_bytes": "144KiB", "pool_bytes": "64MiB", "block_tokens": 16}):
-        if attention != "pie":
-            options = {**ROOMY, "policy": "fixed:0.8"}
-        with TieredCache(model.config, model.dtype, **options) as cache:
-            assert torch.equal(greedy(model, inputs, 40, cache), expected)
-            cache.check()
-            whole = 2 * (130 + 81) * 3 * 2 * 16 * 4 * 0.99
-            assert cache.stats().kv_bytes < whole, "what no token sees was given back"
-            with pytest.raises(pie.LogicError, match="window of 20"):
-                cache.crop(50)
-
-
-def test_a_window_that_is_not_the_configs_is_refused() -> None:
-    model = build("mistral", "pie", **WINDOWED["mistral"])
-    with TieredCache(model.config, "f32", **ROOMY) as cache:
-        model.config.sliding_window = 8
-        with pytest.raises(pie.ConfigError, match="sliding_window=8"):
-            greedy(model, batch([30]), 1, cache)
-
-
 # What is refused, by name.
 
 
@@ -324,7 +235,7 @@ def test_dtype_that_is_not_the_models(model, attention: str) -> None:
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("position_bias", torch.zeros(4)), ("sliding_window", 8), ("anything", 1)],
+    [("sliding_window", 8), ("anything", 1)],
 )
 def test_unknown_arguments_of_the_attention(model, argument: str, value: object) -> None:
     model.set_attn_implementation("pie")
@@ -414,6 +325,154 @@ def test_another_batch_size_needs_reset(model) -> None:
             model(**batch([4, 4]), past_key_values=cache)
             with pytest.raises(pie.LogicError, match=r"batch of 3 .* holds one of 2"):
                 model(torch.tensor([[1], [1], [1]]), past_key_values=cache)
+
+
+# Beams and other selections of rows.
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("options", [ROOMY, {**TIGHT, "device_bytes": "1MiB"}])
+def test_beam_search(model, attention: str, options: dict) -> None:
+    inputs = batch([50, 23])
+    beams = {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5}
+    expected = greedy(model, inputs, **beams)
+    model.set_attn_implementation(attention)
+    with TieredCache(model.config, model.dtype, **options) as cache:
+        assert torch.equal(greedy(model, inputs, cache=cache, **beams), expected)
+        cache.check()
+        assert cache.stats().sequences == 8
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_rows_are_repeated_and_selected(model, attention: str) -> None:
+    inputs, token = batch([20, 9]), torch.tensor([[7], [8], [9]])
+    plain = DynamicCache(config=model.config)
+    rows, repeats = torch.tensor([3, 0, 3]), 2
+    mask = inputs["attention_mask"].repeat_interleave(repeats, 0)[rows]
+    mask = torch.cat([mask, torch.ones(3, 1).long()], 1)
+    config, logits = copy.deepcopy(model.config), []
+    config._attn_implementation = attention
+    with TieredCache(config, model.dtype, **ROOMY) as cache, torch.no_grad():
+        for kind, used in (("sdpa", plain), (attention, cache)):
+            model.set_attn_implementation(kind)
+            used.batch_repeat_interleave(repeats)  # of nothing: nothing
+            model(**inputs, past_key_values=used)
+            used.batch_repeat_interleave(repeats)
+            used.batch_select_indices(rows)
+            logits.append(model(token, attention_mask=mask, past_key_values=used).logits)
+        torch.testing.assert_close(logits[1], logits[0])
+        cache.batch_select_indices(torch.tensor([False, True, False]))
+        assert cache.batch_size == cache.stats().sequences == 1
+        with pytest.raises(pie.LogicError, match=r"Rows \[1\] of a batch of 1"):
+            cache.batch_select_indices(torch.tensor([1]))
+        cache.check()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_assisted_generation(model, attention: str) -> None:
+    inputs = batch([40])
+    expected = greedy(model, inputs)
+    model.set_attn_implementation(attention)
+    with TieredCache(model.config, model.dtype, **ROOMY) as cache:
+        found = greedy(model, inputs, cache=cache, prompt_lookup_num_tokens=3)
+        assert torch.equal(found, expected)
+        cache.check()
+
+
+# Windows, soft caps and sinks.
+
+HYBRID = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+WINDOWED = {
+    "mistral": {},
+    "qwen2": {**HYBRID, "use_sliding_window": True},
+    "gemma2": {**HYBRID, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 4},
+    "gemma3_text": HYBRID,
+    "gpt_oss": {**HYBRID, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "cohere2": HYBRID,
+}
+
+
+def windowed(kind: str, attention: str = "eager"):
+    shape = {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 24}
+    model = build(kind, attention, **shape, **WINDOWED[kind])
+    for name, parameter in model.named_parameters():
+        if "sinks" in name:
+            torch.nn.init.normal_(parameter, 1.0)
+    return model
+
+
+@pytest.mark.parametrize("attention", ["pie", "eager"])
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_windowed_families(kind: str, attention: str) -> None:
+    model, inputs = windowed(kind), batch([90, 61, 7])
+    expected = greedy(model, inputs, 40)
+    model.set_attn_implementation(attention)
+    loading.probe(model)
+    for options in (ROOMY, {**ROOMY, "policy": "fixed:0.8"}):
+        with TieredCache(model.config, model.dtype, block_tokens=16, **options) as cache:
+            found = greedy(model, inputs, 40, cache, prefill_chunk_size=50)
+            assert torch.equal(found, expected)
+            full = cache.is_sliding.count(False)
+            token_bytes = 2 * 2 * 16 * 4 * len(inputs["input_ids"])
+            assert cache.stats().kv_bytes <= token_bytes * (129 * full + 64 * (3 - full))
+            cache.check()
+
+
+@pytest.mark.parametrize("attention", ["pie", "eager"])
+def test_beam_search_with_windows(attention: str) -> None:
+    model, inputs = windowed("mistral"), batch([50, 23])
+    expected = greedy(model, inputs, num_beams=3)
+    model.set_attn_implementation(attention)
+    with TieredCache(model.config, model.dtype, **ROOMY) as cache:
+        assert torch.equal(greedy(model, inputs, cache=cache, num_beams=3), expected)
+        cache.check()
+
+
+def test_probe_sees_a_window_that_is_longer_than_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("mistral", "pie", num_key_value_heads=2, sliding_window=1000)
+    loading.probe(model)
+    assert model.config.sliding_window == 1000
+    monkeypatch.setattr("pie.hf.cache.windows", lambda config: [0, 0, 0])
+    with pytest.raises(pie.ConfigError, match=r"MistralForCausalLM.*sliding_window=16"):
+        loading.probe(model)
+    assert model.config.sliding_window == 1000
+
+
+def test_masks_that_are_not_the_windows() -> None:
+    window = masking_utils.sliding_window_causal_mask_function
+    overlay = masking_utils.sliding_window_overlay(8)
+    assert attention_of_pie.mask(kv_length=4, mask_function=window(8), local_size=8) is None
+    for function, size in (
+        (window(9), 8),
+        (window(8), None),
+        (masking_utils.causal_mask_function, 8),
+        (overlay, 8),
+        (masking_utils.and_masks(window(8), overlay), 8),
+        (masking_utils.sliding_window_bidirectional_mask_function(8), 8),
+    ):
+        with pytest.raises(pie.ConfigError, match="not plainly causal"):
+            attention_of_pie.mask(kv_length=4, mask_function=function, local_size=size)
+
+
+def test_windows_limit_crop() -> None:
+    model = windowed("mistral", "pie")
+    with TieredCache(model.config, model.dtype, block_tokens=16, **ROOMY) as cache:
+        greedy(model, batch([90]), 2, cache)
+        assert not cache.is_croppable
+        with pytest.raises(pie.LogicError, match="window"):
+            cache.crop(40)
+        assert cache.get_seq_length() == 91
+        cache.crop(0)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_tokens_beyond_the_context(attention: str) -> None:
+    model = build(attention=attention, max_position_embeddings=30)
+    with TieredCache(model.config, model.dtype, **ROOMY) as cache:
+        assert greedy(model, batch([20]), 11, cache).shape[1] == 31  # the last is not stored
+        with pytest.raises(pie.ConfigError, match=r"31 tokens.*max_position_embeddings\) is 30"):
+            model(torch.tensor([[5]]), past_key_values=cache)
+        assert cache.get_seq_length() == 30
 
 
 # What breaks in the middle.
@@ -553,9 +612,12 @@ def test_load_what_is_no_model(folder: Path, tmp_path: Path) -> None:
 
 
 def test_load_refuses_a_model_by_name(folder: Path) -> None:
-    build("qwen3_next", attention="eager", num_hidden_layers=4).save_pretrained(folder)
-    with pytest.raises(pie.ConfigError, match=r"'qwen3_next' with .*linear_attention"):
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("{", '{"kv_lora_rank": 8,', 1))
+    with pytest.raises(pie.ConfigError, match="'llama' with compressed K and V"):
         pie.hf.load(folder)
+    with pytest.raises(pie.ConfigError, match="attn_implementation is None"):
+        pie.hf.load(folder, attn_implementation=None)
 
 
 def test_load_refuses_what_the_probe_finds_wrong(

@@ -8,12 +8,16 @@ wrong tokens.
 
 from __future__ import annotations
 
-import inspect
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from pie._core import ConfigError, LogicError
 
@@ -77,9 +81,6 @@ def attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Appends the pending K and V and attends; returns `[batch, tokens, heads, head_dim]`."""
@@ -90,18 +91,23 @@ def attention(
         )
     if dropout:
         raise _refusal(module, "dropout", dropout)
+    cache, soft_cap, sinks = key.cache, 0.0, None
     for name, argument in kwargs.items():
-        if argument is not None and name not in _HARMLESS and argument is not _NEUTRAL.get(name):
+        if name == "sliding_window":
+            if (argument or 0) != cache.window(key.layer):
+                raise _refusal(module, name, argument)
+        elif argument is None or name in _HARMLESS or argument is _NEUTRAL.get(name):
+            continue
+        elif name == "softcap":
+            soft_cap = float(argument)
+        elif name == "s_aux":
+            sinks = argument.detach().float().contiguous()
+        else:
             raise _refusal(module, name, argument)
     if not getattr(module, "is_causal", True):
         raise _refusal(module, "is_causal", False)
-    cache, layer = key.cache, key.layer
-    if sliding_window is not None and sliding_window != cache.windows[layer]:
-        raise _refusal(module, "sliding_window", sliding_window)
-    attended = cache.attend(
-        layer, query, key.rows, value.rows, attention_mask, scaling, softcap, s_aux
-    )
-    return attended, None
+    rows = (query, key.rows, value.rows)
+    return cache.attend(key.layer, *rows, attention_mask, scaling, soft_cap, sinks), None
 
 
 def _refusal(module: torch.nn.Module, name: str, argument: object) -> ConfigError:
@@ -117,19 +123,20 @@ def mask(
     kv_length: int,
     mask_function: Any = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """The mask that models get for "pie": the 2-D padding mask, None where it hides nothing.
 
-    Causality needs no mask, nor do the sliding windows of the config, which the cache knows. Any
-    other pattern (chunks, packed sequences, images) is refused.
+    Causality and a layer's window need no mask. Any other pattern (chunks, packed sequences,
+    images) is refused.
     """
-    window = getattr(kwargs.get("config"), "sliding_window", None)
-    if mask_function is not causal_mask_function and not _is_sliding(mask_function, window):
+    wanted = sliding_window_causal_mask_function(local_size) if local_size else causal_mask_function
+    if not _same(mask_function, wanted):
         raise ConfigError(
-            "The model asks for an attention mask that is neither plainly causal nor the sliding "
-            "window of its config (chunks, blocks or packed sequences), which the attention 'pie' "
-            "does not do: load it with another attn_implementation."
+            "The model asks for an attention mask that is not plainly causal, with or without a "
+            "sliding window (chunks, blocks or packed sequences), which the attention 'pie' does "
+            "not do: load it with another attn_implementation."
         )
     if attention_mask is None:
         return None
@@ -142,20 +149,16 @@ def mask(
     return None if bool(attention_mask.all()) else attention_mask
 
 
-def _is_sliding(mask_function: Any, window: int | None) -> bool:
-    """Whether this is what transformers makes of one sliding window of this size, and no more.
-
-    A mask function tells nothing of itself but its name and what it closes over.
-    """
-    if window is None or "and_masks" not in getattr(mask_function, "__qualname__", ""):
-        return False
-    parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
-    if len(parts) != 2 or parts[1] is not causal_mask_function:
-        return False
-    overlay = parts[0]
-    if not overlay.__qualname__.startswith("sliding_window_overlay."):
-        return False
-    return bool(inspect.getclosurevars(overlay).nonlocals == {"sliding_window": window})
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are equal; functions, when their code and what they enclose is."""
+    if isinstance(one, FunctionType) and isinstance(other, FunctionType):
+        pairs = zip(one.__closure__ or (), other.__closure__ or (), strict=False)
+        return one.__code__ is other.__code__ and all(
+            _same(mine.cell_contents, theirs.cell_contents) for mine, theirs in pairs
+        )
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return type(one) is type(other) and bool(one == other)
 
 
 def register() -> None:

@@ -13,6 +13,7 @@ back at the next layer 0 if it never got there.
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -22,16 +23,6 @@ from transformers import Cache, PreTrainedConfig
 from pie._core import ConfigError, LogicError
 from pie.cache import Stats, TieredKVCache, torch_dtype
 from pie.hf.attention import PendingKV
-
-
-def windows(config: PreTrainedConfig) -> list[int]:
-    """Of each layer, how many tokens a token sees, itself included; 0 is all."""
-    config = config.get_text_config(decoder=True)
-    window = getattr(config, "sliding_window", None) or 0
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return [window] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else 0 for kind in layer_types]
 
 
 def geometry(config: PreTrainedConfig) -> tuple[int, int, int]:
@@ -48,10 +39,26 @@ def geometry(config: PreTrainedConfig) -> tuple[int, int, int]:
     )
 
 
+def windows(config: PreTrainedConfig) -> list[int]:
+    """Of each layer, how many tokens a token sees, itself included; 0 is all."""
+    config = config.get_text_config(decoder=True)
+    size = getattr(config, "sliding_window", None) or 0
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [size if kind == "sliding_attention" else 0 for kind in kinds]
+
+
+def context(config: PreTrainedConfig) -> int | None:
+    """Tokens that the model was made for; None where it does not say, or stretches."""
+    config = config.get_text_config(decoder=True)
+    if '"dynamic"' in json.dumps(getattr(config, "rope_parameters", None), default=str):
+        return None
+    return getattr(config, "max_position_embeddings", None)
+
+
 def _unsupported(config: PreTrainedConfig) -> str | None:
     """What in this config is beyond Pie, as the predicate of a sentence."""
-    known = {"full_attention", "sliding_attention"}
-    others = set(getattr(config, "layer_types", None) or ()) - known
+    others = set(getattr(config, "layer_types", None) or ())
+    others -= {"full_attention", "sliding_attention"}
     if others:
         return f"with layers other than full or sliding attention ({', '.join(sorted(others))})"
     if getattr(config, "is_encoder_decoder", False):
@@ -107,8 +114,9 @@ class TieredCache(Cache):
             policy=policy,
             windows=windows(config),
         )
+        self._windows = windows(config)
+        self._context = context(config)
         self._sequences: list[int] = []  # one for each row of the batch
-        self.windows = windows(config)
         self._length = 0  # tokens seen, padding included
         self._pads = [0]  # of each row, how many of them are padding that is not stored
         self._due = 0  # the layer that comes next; 0 where no step is open
@@ -116,7 +124,7 @@ class TieredCache(Cache):
         # Of the open step:
         self._new = 0  # tokens that every row gains, padding included
         self._new_pads = [0]
-        self._mask: torch.Tensor | None = None
+        self._masks: list[torch.Tensor | None] = []  # of its layers, all the same
         self._real: torch.Tensor | None = None  # indices of new rows to store; None: all
 
     # What a model calls in its forward pass.
@@ -157,7 +165,7 @@ class TieredCache(Cache):
         value: torch.Tensor,
         mask: torch.Tensor | None,
         scaling: float | None,
-        soft_cap: float | None = None,
+        soft_cap: float = 0.0,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Appends a layer's K and V and attends; for the attention function "pie" to call."""
@@ -166,26 +174,24 @@ class TieredCache(Cache):
             raise LogicError(f"Layer {layer} attends where layer {self._due} is due.")
         if layer == 0:
             self._open(batch, tokens, self._pads_of(mask, batch, tokens))
-            self._mask = mask
-        elif not _same(mask, self._mask):
-            raise ConfigError(
-                "The model's layers attend under different masks, which the attention 'pie' does "
-                "not do: load it with another attn_implementation."
-            )
+            self._masks = [mask]
+        elif not any(mask is known for known in self._masks):
+            self._check_same(mask)
         rows = [_packed(query), _packed(key), _packed(value)]
-        asks: dict[str, Any] = {"soft_cap": soft_cap or 0.0}
-        if sinks is not None:
-            asks["sinks"] = sinks.detach().float().contiguous()
+        options: dict[str, Any] = {"scale": scaling, "soft_cap": soft_cap, "sinks": sinks}
         if self._real is None:
-            out = query.new_empty((batch * tokens, heads, head_dim))
-            self.kv.attend(layer, *rows, scale=scaling, out=out, **asks)
+            out: torch.Tensor = self.kv.attend(layer, *rows, **options)
         else:
             real = [matrix.index_select(0, self._real) for matrix in rows]
-            attended = self.kv.attend(layer, *real, scale=scaling, **asks)
+            attended = self.kv.attend(layer, *real, **options)
             out = query.new_zeros((batch * tokens, heads, head_dim))
             out.index_copy_(0, self._real, attended)
         self._advance()
         return out.view(batch, tokens, heads, head_dim)
+
+    def window(self, layer: int) -> int:
+        """How many tokens a token sees in a layer, itself included; 0 is all."""
+        return self._windows[layer]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, left padding included."""
@@ -243,37 +249,33 @@ class TieredCache(Cache):
         self.close()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was: for beam search. No K or V is copied."""
+        """Row i becomes what row beam_idx[i] was; what rows have in common is held once."""
         self._select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row comes `repeats` times, next to each other."""
-        rows = range(len(self._sequences))
-        self._select([row for row in rows for _ in range(int(repeats))])
+        """Every row becomes `repeats` rows, one after the other."""
+        self._select([row for row in range(len(self._sequences)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows that `indices` names, in that order."""
+        """Keeps the rows that `indices` names, or for which it is true."""
+        if indices.dtype is torch.bool:
+            indices = indices.nonzero()[:, 0]
         self._select(indices.tolist())
 
     def _select(self, rows: list[int]) -> None:
-        """Makes the batch of these rows of it; a row that comes again is forked."""
         self._take_back()
         if not self._sequences:
             return
-        if not rows or not all(0 <= row < len(self._sequences) for row in rows):
-            raise LogicError(
-                f"The rows {rows} were asked of a cache that holds rows 0 to "
-                f"{len(self._sequences) - 1}: name at least one, and only those."
-            )
-        kept: set[int] = set()
-        sequences = []
+        if any(not -len(self._sequences) <= row < len(self._sequences) for row in rows):
+            raise LogicError(f"Rows {rows} of a batch of {len(self._sequences)} were asked for.")
+        free, taken = set(self._sequences), []
         for row in rows:
             sequence = self._sequences[row]
-            sequences.append(self.kv.fork(sequence) if row in kept else sequence)
-            kept.add(row)
-        for row in set(range(len(self._sequences))) - kept:
-            self.kv.free(self._sequences[row])
-        self._sequences = sequences
+            taken.append(sequence if sequence in free else self.kv.fork(sequence))
+            free.discard(sequence)
+        for sequence in free:
+            self.kv.free(sequence)
+        self._sequences = taken
         self._pads = [self._pads[row] for row in rows]
 
     # What transformers asks about every cache.
@@ -302,20 +304,30 @@ class TieredCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Always: `crop` leaves no trace."""
-        return True
+        """Whether `crop` always can; layers with a window have given old frames back."""
+        return not any(self._windows)
 
     @property
     def is_sliding(self) -> list[bool]:
-        """No layer is: those with a window answer for all tokens, and hide the old ones."""
+        """Which layers have a window."""
+        return [window > 0 for window in self._windows]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """No layer is."""
         return [False] * len(self)
 
-    is_linear = is_sliding
-    is_dummy = is_sliding
+    is_dummy = is_linear
 
     # The step.
 
     def _open(self, batch: int, new: int, pads: list[int]) -> None:
+        longest = self._length + new - min(pads)
+        if self._context is not None and longest > self._context:
+            raise ConfigError(
+                f"This forward pass would make a sequence of {longest} tokens, and the model's "
+                f"context (max_position_embeddings) is {self._context}: give it fewer."
+            )
         if not self._sequences:
             self._sequences = [self.kv.add() for _ in range(batch)]
         elif len(self._sequences) != batch:
@@ -395,6 +407,16 @@ class TieredCache(Cache):
                 )
         return pads
 
+    def _check_same(self, mask: torch.Tensor | None) -> None:
+        """Layers of one kind share a mask; those of different kinds must hide the same padding."""
+        first = self._masks[0]
+        if mask is None or first is None or not torch.equal(mask, first):
+            raise ConfigError(
+                "The model's layers attend under different masks, which the attention 'pie' does "
+                "not do: load it with another attn_implementation."
+            )
+        self._masks.append(mask)
+
     def _check_states(self, key: torch.Tensor, value: torch.Tensor) -> None:
         expected = (self.kv.num_kv_heads, self.kv.head_dim)
         for name, states in (("K", key), ("V", value)):
@@ -404,13 +426,6 @@ class TieredCache(Cache):
                     f"[batch, {expected[0]}, tokens, {expected[1]}] in every layer: "
                     "Pie does not hold such a model."
                 )
-
-
-def _same(mask: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    """Whether two padding masks hide the same."""
-    if mask is other:
-        return True
-    return mask is not None and other is not None and torch.equal(mask, other)
 
 
 def _packed(states: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pie._core import ConfigError, LogicError
 from pie.cache import dtype_name, roomy_bytes, torch_dtype
-from pie.hf.cache import TieredCache, geometry
+from pie.hf.cache import TieredCache, geometry, windows
 
 # Largest relative difference of the logits that rounding explains.
 _PROBE_LIMIT = {"f32": 1e-3, "f16": 1e-2, "bf16": 5e-2}
 _PROBE_CHUNKS = (37, 11)  # tokens
+_PROBE_WINDOW = 16  # tokens, where the model's is longer
 _PROBE_PADDING = 9  # columns of left padding in the probe's second row
-_PROBE_WINDOW = 16  # what windows are shrunk to, so that the chunks are longer than one
 
 
 def load(
@@ -37,6 +37,10 @@ def load(
     left.
     """
     name = os.fspath(path)
+    if not isinstance(attn_implementation, str):
+        raise ConfigError(
+            f"attn_implementation is {attn_implementation!r}: give a name, such as 'pie' or 'sdpa'."
+        )
     source, gguf = _source(name)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
@@ -83,8 +87,8 @@ def load(
 def probe(model: Any) -> None:
     """Raises ConfigError unless `model` through a TieredCache matches its own eager attention.
 
-    Two rows, one of them padded on the left, go through in two chunks. Attention windows are made
-    shorter than those for as long as it takes.
+    Two rows, one of them padded on the left, go through in two chunks. An attention window is
+    made shorter than the chunks for as long as this takes.
     """
     name, asked = type(model).__name__, model.config._attn_implementation
     if asked == "pie" and not model._can_set_attn_implementation():
@@ -95,7 +99,7 @@ def probe(model: Any) -> None:
     try:
         geometry(model.config)
         inputs = _probe_inputs(model)
-        with _short_windows(model):
+        with _short_window(model):
             model.set_attn_implementation("eager")
             with torch.no_grad():
                 expected = model(**inputs, use_cache=False).logits[:, _PROBE_CHUNKS[0] :]
@@ -118,23 +122,21 @@ def probe(model: Any) -> None:
         )
 
 
-@contextlib.contextmanager
-def _short_windows(model: Any) -> Iterator[None]:
-    """Shrinks the sliding windows of a model's config and of its layers, and puts them back."""
-    config = model.config.get_text_config(decoder=True)
-    owners = [
-        owner
-        for owner in (config, *model.modules())
-        if (getattr(owner, "sliding_window", None) or 0) > _PROBE_WINDOW
-    ]
-    before = [owner.sliding_window for owner in owners]
+@contextmanager
+def _short_window(model: Any) -> Iterator[None]:
+    """Makes the model's sliding window shorter than the probe, wherever the model has noted it."""
+    window = max(windows(model.config))
+    configs = [model.config.get_text_config(decoder=True)]
+    configs += [module.config for module in model.modules() if hasattr(module, "config")]
+    noted = [*configs, *model.modules()] if window > _PROBE_WINDOW else []
+    noted = [place for place in noted if getattr(place, "sliding_window", None) == window]
     try:
-        for owner in owners:
-            owner.sliding_window = _PROBE_WINDOW
+        for place in noted:
+            place.sliding_window = _PROBE_WINDOW
         yield
     finally:
-        for owner, window in zip(owners, before, strict=True):
-            owner.sliding_window = window
+        for place in noted:
+            place.sliding_window = window
 
 
 def _probe_inputs(model: Any) -> dict[str, torch.Tensor]:
