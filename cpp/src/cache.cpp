@@ -61,6 +61,7 @@ HostOptions host_options(const CacheOptions& options, const Geometry& geometry) 
   host.pool_bytes = options.pool_bytes;
   host.pool_dir = options.pool_dir;
   host.pool_io = options.pool_io;
+  host.device_memory = options.device_memory;
   return host;
 }
 

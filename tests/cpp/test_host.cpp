@@ -348,6 +348,29 @@ TEST(HostMemory, GrowsInPlaceAndGivesBackWhatItLoses) {
   EXPECT_THROW(static_cast<void>(backend->address(100)), LogicError);
 }
 
+TEST(HostMemory, MayBeTheCallers) {
+  HostOptions options = options_for(4, 4);
+  std::vector<std::byte> memory(options.device_bytes + 2 * 4096);
+  void* aligned = memory.data();
+  std::size_t room = memory.size();
+  options.device_memory =
+      static_cast<std::byte*>(std::align(4096, options.device_bytes, aligned, room));
+  {
+    const auto backend = open_host(options);
+    EXPECT_EQ(backend->address(0), options.device_memory);
+    ASSERT_EQ(backend->resize_pool(4), 4U);
+    fill(*backend, 1, 3);
+    ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{1, 2, 1}})));
+    ASSERT_TRUE(is_ok(finish(*backend, to_device, {{0, 2, 1}})));
+    EXPECT_TRUE(holds(*backend, 0, 3));
+    EXPECT_EQ(backend->resize_device(2), 2U);
+    EXPECT_EQ(backend->resize_device(100), 4U) << "no more than there is";
+    EXPECT_TRUE(holds(*backend, 1, 3)) << "and nothing of it was given back";
+  }
+  options.device_memory += 64;
+  EXPECT_THROW(static_cast<void>(open_host(options)), ConfigError);
+}
+
 TEST(HostMemory, FramesNeverWrittenAreZero) {
   const auto backend = open_host(options_for(2, 2));
   ASSERT_EQ(backend->resize_pool(2), 2U);

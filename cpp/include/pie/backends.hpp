@@ -1,6 +1,7 @@
 // How to open a backend.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -20,6 +21,10 @@ struct HostOptions {
   // Forces a fallback; "auto" takes the best that works: "direct-uring", "direct-threads",
   // "buffered-threads". What was taken is in Capabilities::pool_io.
   std::string pool_io = "auto";
+  // The arena, `device_bytes` of it, where the caller brings its own: aligned to 4096 bytes, and
+  // alive for as long as the backend. It cannot grow, and nothing of it goes back to the system.
+  // Null: memory is mapped.
+  std::byte* device_memory = nullptr;
 };
 
 // Throws ConfigError for a directory that is missing, unwritable or on tmpfs, CapacityError where

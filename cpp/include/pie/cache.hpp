@@ -25,6 +25,7 @@ struct CacheOptions {
   std::string pool_dir;          // see HostOptions
   std::string policy = "fit";    // "fit", "fixed:F" with F in [0, 1], "off"
   std::string pool_io = "auto";  // see HostOptions
+  std::byte* device_memory = nullptr;  // see HostOptions
 };
 
 // One sequence of a step's batch and how many tokens it gains in it.

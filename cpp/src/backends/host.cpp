@@ -39,14 +39,19 @@ namespace {
 
 constexpr Bytes huge_page_bytes = Bytes{2} << 20;
 
+// Of memory that the caller brings: what any direct I/O asks for.
+constexpr Bytes memory_alignment = 4096;
+
 // A single wait below never exceeds this, so that no sum of times overflows.
 constexpr Nanos wait_ns_max = Nanos{60} * 1'000'000'000;
 
 // Private memory on huge pages, which may grow in place to `bytes_max`. A page takes memory from
 // the first time it is used; until then it is address space alone. Children of a fork do not get
-// it: transfers may be on their way into it.
+// it: transfers may be on their way into it. Or memory of the caller's, which is left as it is.
 class Arena {
  public:
+  explicit Arena(std::byte* memory) : start_(memory) {}
+
   Arena(Bytes bytes, Bytes bytes_max) : mapped_(bytes_max + huge_page_bytes) {
     base_ = ::mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base_ == MAP_FAILED) refuse(bytes);
@@ -61,18 +66,21 @@ class Arena {
   }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
-  ~Arena() { ::munmap(base_, mapped_); }
+  ~Arena() {
+    if (base_ != nullptr) ::munmap(base_, mapped_);
+  }
 
   [[nodiscard]] std::byte* start() const { return start_; }
 
   // Makes the first `bytes` usable; false, with errno set, where the system refuses.
   [[nodiscard]] bool open(Bytes bytes) const {
-    return ::mprotect(start_, bytes, PROT_READ | PROT_WRITE) == 0;
+    return base_ == nullptr || ::mprotect(start_, bytes, PROT_READ | PROT_WRITE) == 0;
   }
 
   // Gives back the pages from `begin` to `end`, but for those that hold what lies before or after;
   // they read as zeros.
   void give_back(Bytes begin, Bytes end) const {
+    if (base_ == nullptr) return;
     const auto page = static_cast<Bytes>(::sysconf(_SC_PAGESIZE));
     const Bytes first = round_up(begin, page);
     const Bytes last = end / page * page;
@@ -86,8 +94,8 @@ class Arena {
                         std::generic_category().message(errno) + ". Ask for fewer device_bytes.");
   }
 
-  Bytes mapped_;
-  void* base_ = nullptr;
+  Bytes mapped_ = 0;
+  void* base_ = nullptr;  // null where the memory is the caller's
   std::byte* start_ = nullptr;
 };
 
@@ -127,10 +135,12 @@ struct Pool {
 
 class HostBackend final : public Backend {
  public:
-  HostBackend(Capabilities capabilities, Pool pool)
+  HostBackend(Capabilities capabilities, std::byte* memory, Pool pool)
       : capabilities_(std::move(capabilities)),
-        arena_(capabilities_.device_frames * capabilities_.frame_stride,
-               capabilities_.device_frames_max * capabilities_.frame_stride),
+        arena_(memory != nullptr
+                   ? Arena(memory)
+                   : Arena(capabilities_.device_frames * capabilities_.frame_stride,
+                           capabilities_.device_frames_max * capabilities_.frame_stride)),
         device_frames_(capabilities_.device_frames),
         file_(std::move(pool.file)),
         io_(std::move(pool.io)) {}
@@ -468,7 +478,7 @@ std::unique_ptr<Backend> open_host(const HostOptions& options) {
   capabilities.frame_stride = round_up(options.frame_bytes, alignment);
   capabilities.device_frames =
       frames_in(options.device_bytes, capabilities.frame_stride, "device_bytes");
-  // What the machine has is as far as the arena can ever grow.
+  // What the machine has is as far as the arena can ever grow, unless it is the caller's.
   const auto memory =
       static_cast<Bytes>(::sysconf(_SC_PHYS_PAGES)) * static_cast<Bytes>(::sysconf(_SC_PAGESIZE));
   capabilities.device_frames_max = static_cast<std::uint32_t>(std::clamp<Bytes>(
@@ -477,9 +487,17 @@ std::unique_ptr<Backend> open_host(const HostOptions& options) {
     capabilities.pool_frames =
         frames_in(options.pool_bytes, capabilities.frame_stride, "pool_bytes");
   }
+  if (options.device_memory != nullptr) {
+    capabilities.device_frames_max = capabilities.device_frames;
+    if (reinterpret_cast<std::uintptr_t>(options.device_memory) % memory_alignment != 0) {
+      throw ConfigError("device_memory is not aligned to " + std::to_string(memory_alignment) +
+                        " bytes, which direct I/O into it asks for. Allocate it so.");
+    }
+  }
   capabilities.copy_bytes_best = segment_bytes;
   capabilities.pool_io = pool.name;
-  return std::make_unique<HostBackend>(std::move(capabilities), std::move(pool));
+  return std::make_unique<HostBackend>(std::move(capabilities), options.device_memory,
+                                       std::move(pool));
 }
 
 Bytes host_frame_stride(const HostOptions& options) {
