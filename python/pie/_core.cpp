@@ -22,6 +22,7 @@
 #include "pie/cache.hpp"
 #include "pie/error.hpp"
 #include "pie/parallel.hpp"
+#include "pie/policy.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -260,6 +261,9 @@ void bind_functions(nb::module_& module) {
   module.def("free_disk_bytes", &pie::free_disk_bytes, "directory"_a,
              "Free bytes in the file system of a directory.");
   module.def("attention_isa", &pie::attention_isa, "Instruction set that attention was built for.");
+  module.def(
+      "check_policy", [](const std::string& name) { (void)pie::make_policy(name); }, "name"_a,
+      "Raises ConfigError where there is no such policy.");
   module.def("use_openmp", &pie::use_openmp, "library"_a, "threads"_a,
              "Runs loops on the OpenMP team of a library that this process has loaded.");
 }

@@ -25,6 +25,9 @@ def free_disk_bytes(directory: str) -> int:
 def attention_isa() -> str:
     """Instruction set that attention was built for."""
 
+def check_policy(name: str) -> None:
+    """Raises ConfigError where there is no such policy."""
+
 def use_openmp(library: str, threads: int) -> bool:
     """
     Runs loops on the OpenMP team of a library that this process has loaded.

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pie import info
+from pie import _core, info
 from pie._core import ConfigError, LogicError
 from pie.sizes import format_size, parse_size
 
@@ -95,6 +95,8 @@ def _generate(options: argparse.Namespace) -> int:
     if options.kv_pool != "auto":
         pool = options.kv_pool
         options.kv_pool = None if pool == "0" else parse_size(pool, "--kv-pool")
+    if options.policy is not None:
+        _core.check_policy(options.policy)
     prompt = _prompt(options)
     os.environ.setdefault("TQDM_DISABLE", "1")  # the loaders' bars; must be set before the import
     try:
@@ -107,14 +109,26 @@ def _generate(options: argparse.Namespace) -> int:
     _note(options, f"loading {options.model}")
     model, tokenizer = load(options.model, dtype)
     tokens = tokenizer(prompt).input_ids
-    if not tokens:
-        raise ConfigError("The prompt is empty: give at least one token of text.")
+    _check_context(model.config, len(tokens), options.max_new_tokens)
     with _open_cache(model, options, len(tokens) + options.max_new_tokens) as cache:
         run = _Run(options, tokenizer, cache, len(tokens))
         stream = generation.stream(
             model, tokens, cache, options.max_new_tokens, sampling, run.on_prompt
         )
         return run.consume(stream)
+
+
+def _check_context(config: Any, prompt_tokens: int, new_tokens: int) -> None:
+    from pie.hf.cache import context
+
+    if prompt_tokens == 0:
+        raise ConfigError("The prompt is empty: give at least one token of text.")
+    limit = context(config)
+    if limit is not None and prompt_tokens + new_tokens - 1 > limit:  # the last is not stored
+        raise ConfigError(
+            f"A prompt of {prompt_tokens} tokens and {new_tokens} new ones are more than the "
+            f"model's context of {limit}: shorten it, or lower --max-new-tokens."
+        )
 
 
 def _prompt(options: argparse.Namespace) -> str:

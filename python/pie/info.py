@@ -71,7 +71,7 @@ def _number(path: str) -> int | None:
 
 def _disk(pool_dir: str | None) -> str:
     try:
-        directory = pool_dir or _core.default_pool_dir()
+        directory = (pool_dir or "").removeprefix("tmpfs:") or _core.default_pool_dir()
         free = format_size(_core.free_disk_bytes(directory))
         written, read = _direct_rates(directory)
     except (_core.ConfigError, OSError) as error:

@@ -475,6 +475,16 @@ def test_tokens_beyond_the_context(attention: str) -> None:
         assert cache.get_seq_length() == 30
 
 
+def test_compiled_model_is_refused() -> None:
+    model = build(attention="pie")
+    compiled = torch.compile(model, backend="eager")
+    with TieredCache(model.config, model.dtype, **ROOMY) as cache, torch.no_grad():
+        with pytest.raises(Exception, match=r"torch.compile does not reach through"):
+            compiled(**batch([20]), past_key_values=cache)
+        model(**batch([20]), past_key_values=cache)
+        assert cache.get_seq_length() == 20
+
+
 # What breaks in the middle.
 
 

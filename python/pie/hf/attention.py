@@ -66,6 +66,11 @@ class PendingKV(torch.Tensor):
         if func in _READABLE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if torch._guards.TracingContext.try_get() is not None:
+            raise ConfigError(
+                "torch.compile does not reach through the attention 'pie': run this model without "
+                "it. (A model that calls pie.TieredKVCache.attend itself can be compiled.)"
+            )
         raise ConfigError(
             f"The model computes with K or V itself ({getattr(func, '__name__', func)}) instead of "
             "calling the attention function 'pie', so this cache cannot serve it: load it with "
@@ -73,6 +78,7 @@ class PendingKV(torch.Tensor):
         )
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -129,6 +129,7 @@ class TieredCache(Cache):
 
     # What a model calls in its forward pass.
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self,
         key_states: torch.Tensor,
