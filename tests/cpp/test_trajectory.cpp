@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <ostream>
+#include <random>
 
 #include "reference_model.hpp"
 
@@ -42,6 +43,8 @@ Cost cost_of(Model& model) {
 SimOptions orderly_machine(std::uint32_t layers, std::uint32_t device_frames,
                            std::uint32_t pool_frames) {
   SimOptions options = small_machine(small_geometry(layers), device_frames, pool_frames);
+  options.device_frames_max = 100;
+  options.pool_frames_max = 1000;
   options.load = {.bytes_per_s = 0.5e9,
                   .latency_ns = 20'000,
                   .jitter_ns = 0,
@@ -120,6 +123,55 @@ TEST(Trajectory, ACutIntoAFullBlock) {
     steps(model, {{id, 12}}, 2);
   }
   EXPECT_EQ(cost_of(model), (Cost{4593261, 3033591, 239, 757, 57, 81}));
+}
+
+// Steps, forks, cuts and budgets as a seed has it: for what no history above comes to.
+void random_history(Model& model, std::uint64_t seed) {
+  std::mt19937_64 random(seed);
+  const auto pick = [&](std::uint64_t below) {
+    return static_cast<std::uint32_t>(random() % below);
+  };
+  static_cast<void>(model.add());
+  for (int i = 0; i < 600; ++i) {
+    auto some = model.salts().begin();
+    std::advance(some, pick(model.salts().size()));
+    const SequenceId id = some->first;
+    try {
+      switch (pick(12)) {
+        case 0:
+          if (model.salts().size() < 4) static_cast<void>(model.add());
+          break;
+        case 1:
+          if (model.salts().size() < 5) static_cast<void>(model.fork(id));
+          break;
+        case 2:
+          model.truncate(id, model.length(id) - std::min(model.length(id), pick(50)));
+          break;
+        case 3:
+          model.resize(8 + pick(50), 60 + pick(200));
+          break;
+        case 4:
+          if (model.salts().size() > 1) model.free(id);
+          break;
+        default:
+          model.step({{id, pick(2) == 0 ? 1 : 1 + pick(60)}}, Reader::kernel, model.layers());
+      }
+    } catch (const CapacityError&) {
+      if (model.salts().size() > 1) model.free(id);
+    }
+  }
+}
+
+TEST(Trajectory, ARandomHistoryThatStreamsWhatItMust) {
+  Model model(small_geometry(3), "fit", orderly_machine(3, 40, 200));
+  random_history(model, 1);
+  EXPECT_EQ(cost_of(model), (Cost{65866265, 36429348, 2440, 5214, 730, 1183}));
+}
+
+TEST(Trajectory, ARandomHistoryThatStreamsHalf) {
+  Model model(small_geometry(3), "fixed:0.5", orderly_machine(3, 40, 200));
+  random_history(model, 2);
+  EXPECT_EQ(cost_of(model), (Cost{95157109, 64125175, 4369, 7116, 1115, 1466}));
 }
 
 // A link that fails now and then costs what it costs, and no more.
