@@ -101,7 +101,8 @@ struct Entry {
 // a stream, when the stream gets there. What a step that was aborted read does not matter.
 class StampKernel final : public LayerKernel {
  public:
-  StampKernel(const Geometry& geometry, SimBackend* streams) : geometry_(geometry), sim_(streams) {}
+  StampKernel(Geometry geometry, SimBackend* streams)
+      : geometry_(std::move(geometry)), sim_(streams) {}
 
   void begin_step(const std::vector<Entry>& entries) {
     entries_ = &entries;

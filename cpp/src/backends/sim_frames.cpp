@@ -46,8 +46,9 @@ SimFrames::SimFrames(std::uint32_t device_frames, std::uint32_t pool_frames, Byt
       arena_bytes_(std::max<Bytes>(1, device_frames * frame_bytes)),
       arena_(map_arena(arena_bytes_, carry_bytes)),
       pool_(carry_bytes ? pool_frames * frame_bytes : 0),
-      users_{std::vector<std::int32_t>(device_frames), std::vector<std::int32_t>(pool_frames)},
       rotten_(pool_frames) {
+  users_[static_cast<std::size_t>(Tier::device)].resize(device_frames);
+  users_[static_cast<std::size_t>(Tier::pool)].resize(pool_frames);
   spoil(Tier::device, 0, device_frames);
   spoil(Tier::pool, 0, pool_frames);
 }

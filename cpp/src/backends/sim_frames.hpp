@@ -1,6 +1,7 @@
 // The frames of a simulated machine: who uses them, and what they hold if anything.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -41,8 +42,9 @@ class SimFrames {
   Bytes arena_bytes_;
   std::byte* arena_;
   std::vector<std::byte> pool_;
-  std::vector<std::int32_t> users_[2];  // by tier and frame: readers, or -1 for one writer
-  std::vector<bool> rotten_;            // by pool frame
+  std::array<std::vector<std::int32_t>, 2>
+      users_;                 // by tier and frame: readers, or -1 for one writer
+  std::vector<bool> rotten_;  // by pool frame
 };
 
 }  // namespace pie
