@@ -8,9 +8,9 @@
 
 namespace pie {
 
-BlockMap::BlockMap(const Geometry& geometry, std::uint32_t device_frames, std::uint32_t pool_frames,
+BlockMap::BlockMap(Geometry geometry, std::uint32_t device_frames, std::uint32_t pool_frames,
                    const std::byte* arena, Bytes stride)
-    : geometry_(geometry),
+    : geometry_(std::move(geometry)),
       arena_(arena),
       stride_(stride),
       device_(device_frames, device_frames),

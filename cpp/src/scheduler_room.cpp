@@ -331,16 +331,17 @@ void Scheduler::merge(Branch& front, Branch& back) {
 void Scheduler::drop_unseen() {
   for (const LayerClass& layers : classes_) {
     if (layers.window == 0) continue;
-    std::map<Branch*, std::uint32_t> seen;  // first block that some sequence still sees
+    std::map<std::uint64_t, std::uint32_t> seen;  // by branch, the first block that is still seen
     for (const auto& [id, sequence] : map_.sequences()) {
       const std::uint32_t first = first_block(sequence.tokens, layers.window);
       for (Branch* branch : sequence.path) {
-        const auto [place, fresh] = seen.emplace(branch, first);
+        const auto [place, fresh] = seen.emplace(branch->id, first);
         place->second = std::min(place->second, first);
       }
     }
-    for (const auto& [branch, first] : seen) {
-      if (first > branch->first) drop_front(*branch, layers, first - branch->first);
+    for (const auto& [id, first] : seen) {
+      Branch& branch = map_.branches().at(id);
+      if (first > branch.first) drop_front(branch, layers, first - branch.first);
     }
   }
 }

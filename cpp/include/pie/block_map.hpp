@@ -109,7 +109,7 @@ class BlockMap {
   using Branches = std::map<std::uint64_t, Branch>;
 
   // Device frame i lies at `arena` + i * `stride`.
-  BlockMap(const Geometry& geometry, std::uint32_t device_frames, std::uint32_t pool_frames,
+  BlockMap(Geometry geometry, std::uint32_t device_frames, std::uint32_t pool_frames,
            const std::byte* arena, Bytes stride);
 
   Sequence& add();
