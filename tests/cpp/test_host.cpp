@@ -485,6 +485,42 @@ TEST_P(HostPool, WhatChangedOnDiskIsSeenInThatFrameAlone) {
   EXPECT_TRUE(is_ok(finish(*backend, to_device, {{1, 3, 1}}))) << "written again, it is well";
 }
 
+TEST_P(HostPool, WriteThatWaitsForALoadIsCheckedAsWhatWasLoaded) {
+  const auto backend = open(2, 3);
+  ASSERT_EQ(backend->resize_pool(3), 3U);
+  fill(*backend, 0, 1);
+  fill(*backend, 1, 2);
+  ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, 1}})));
+  const Ticket load = submit(*backend, to_device, {{1, 0, 1}});
+  submit(*backend, to_pool, {{1, 1, 1}}, {after(load)});
+  for (const Completion& completion : collect(*backend, 2)) EXPECT_TRUE(is_ok(completion));
+  ASSERT_TRUE(is_ok(finish(*backend, to_device, {{0, 1, 1}})));
+  EXPECT_TRUE(holds(*backend, 0, 1));
+}
+
+TEST_P(HostPool, WhatWaitsForACorruptLoadFailsAndIsNotStarted) {
+  const auto backend = open(2, 3);
+  ASSERT_EQ(backend->resize_pool(3), 3U);
+  fill(*backend, 0, 1);
+  fill(*backend, 1, 2);
+  ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, 2}})));
+  const int garble =
+      ::open(("/proc/self/fd/" + std::to_string(file())).c_str(), O_WRONLY | O_CLOEXEC);
+  ASSERT_GE(garble, 0);
+  ASSERT_EQ(::pwrite(garble, "garbled", 7, 0), 7);
+  ::fsync(garble);
+  ::close(garble);
+  const Ticket load = submit(*backend, to_device, {{0, 0, 1}});
+  const Ticket write = submit(*backend, to_pool, {{0, 1, 1}}, {after(load)});
+  const auto all = collect(*backend, 2);
+  ASSERT_EQ(all.size(), 2U);
+  EXPECT_EQ(find(all, load)->status, Status::corrupt);
+  EXPECT_EQ(find(all, load)->error, EBADMSG);
+  EXPECT_EQ(find(all, write)->status, Status::failed);
+  ASSERT_TRUE(is_ok(finish(*backend, to_device, {{0, 1, 1}})));
+  EXPECT_TRUE(holds(*backend, 0, 2)) << "the write did not take place";
+}
+
 TEST_P(HostPool, FullDiskRefusesGrowthAndKeepsWhatThereIs) {
   const auto backend = open(1, 20000);
   fill(*backend, 0, 1);

@@ -217,7 +217,8 @@ class HostBackend final : public Backend {
   }
 
   [[nodiscard]] bool is_live(Ticket ticket) const {
-    return state(ticket.lane).live.contains(ticket.id);
+    const auto is_this = [&](const auto& ended) { return ended.first == ticket; };
+    return state(ticket.lane).live.contains(ticket.id) || std::ranges::any_of(ended_, is_this);
   }
 
   [[nodiscard]] bool idle() const {
@@ -286,7 +287,6 @@ Ticket HostBackend::submit(Lane lane, std::span<const Copy> copies, std::span<co
     require(was_issued(dep.ticket), "submit: waits for a ticket that was never submitted");
     if (dep.ticket.id != 0) batch.after.push_back(dep.ticket);
   }
-  if (lane == Lane::device_to_pool) note_checksums(batch);
   const Ticket ticket{lane, ++state(lane).issued};
   state(lane).live.emplace(ticket.id, std::move(batch));
   pump();
@@ -320,8 +320,11 @@ void HostBackend::pump() {
   if (io_ == nullptr) return;
   account();
   for (const Lane lane : lanes_by_urgency) start_ready(lane);
-  for (const auto& [ticket, batch] : ended_) complete(ticket, batch);
-  ended_.clear();
+  while (!ended_.empty()) {  // what waited for these may start, or fails with them
+    for (const auto& [ticket, batch] : ended_) complete(ticket, batch);
+    ended_.clear();
+    for (const Lane lane : lanes_by_urgency) start_ready(lane);
+  }
 }
 
 void HostBackend::account() {
@@ -379,7 +382,10 @@ void HostBackend::start_segments(Ticket ticket, Batch& batch) {
     const Copy& copy = batch.copies[batch.copy_next];
     const Bytes total = copy.count * stride;
     const Bytes bytes = std::min(segment_bytes, total - batch.copy_done);
-    if (batch.began == 0) batch.began = clock_ns();
+    if (batch.began == 0) {
+      batch.began = clock_ns();
+      if (ticket.lane == Lane::device_to_pool) note_checksums(batch);
+    }
     io_->start({ticket.lane, arena_.start() + copy.device_first * stride + batch.copy_done,
                 copy.pool_first * stride + batch.copy_done, bytes, ticket.id});
     ++batch.in_flight;
@@ -391,16 +397,17 @@ void HostBackend::start_segments(Ticket ticket, Batch& batch) {
   }
 }
 
-void HostBackend::end(Ticket ticket, Batch batch) {
-  if (batch.error != 0) state(ticket.lane).failed.emplace(ticket.id, batch.error);
-  ended_.emplace_back(ticket, std::move(batch));
-}
+void HostBackend::end(Ticket ticket, Batch batch) { ended_.emplace_back(ticket, std::move(batch)); }
 
 void HostBackend::complete(Ticket ticket, const Batch& batch) {
   Status status = batch.error == 0 ? Status::ok : Status::failed;
-  const bool loaded = status == Status::ok && ticket.lane == Lane::pool_to_device;
-  if (loaded && !is_as_written(batch)) status = Status::corrupt;
-  completions_.push_back({ticket, status, batch.error, batch.began, batch.ended});
+  int error = batch.error;
+  if (error == 0 && ticket.lane == Lane::pool_to_device && !is_as_written(batch)) {
+    status = Status::corrupt;
+    error = EBADMSG;
+  }
+  if (error != 0) state(ticket.lane).failed.emplace(ticket.id, error);
+  completions_.push_back({ticket, status, error, batch.began, batch.ended});
 }
 
 template <typename Visitor>
@@ -412,7 +419,8 @@ void HostBackend::for_each_frame(const Batch& batch, const Visitor& visitor) con
   }
 }
 
-// A frame does not change from the submission of its write to the end of it.
+// At the start of a write and not at its submission: until then it may wait for what fills the
+// frames. From there to its end they do not change.
 void HostBackend::note_checksums(const Batch& batch) {
   for_each_frame(batch, [&](const std::byte* frame, FrameIndex pool) {
     checksums_[pool] = checksum_of(frame, capabilities_.frame_stride);
