@@ -52,11 +52,10 @@ class Problem:
         )
         self.sequences = [self.cache.add() for _ in range(batch)]
         for sequence in self.sequences:
-            with self.cache.step([(sequence, before)]) as step:
-                rows_before = torch.randn(before, kv_heads, HEAD_DIM).bfloat16()
+            with self.cache.step([(sequence, before)], reader="pages") as step:
+                earlier = torch.randn(before, kv_heads, HEAD_DIM).bfloat16()
                 for layer in range(self.layers):
-                    q = rows_before[:, :1].expand(-1, query_heads, -1)
-                    step.attend(layer, q, rows_before, rows_before)
+                    step.pages(layer, earlier, earlier)
 
     def ours(self) -> float:
         """Seconds of one layer."""
