@@ -51,6 +51,9 @@ inline SimOptions small_machine(const Geometry& geometry, std::uint32_t device_f
   return options;
 }
 
+// The caller's, where the machine has streams: not the one that a cache begins with.
+inline constexpr ComputeStream compute_stream{7};
+
 // What the cache did and should not have done.
 struct Mismatch : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -136,7 +139,7 @@ class StampKernel final : public LayerKernel {
       }
     };
     if (sim_ == nullptr) return body();
-    sim_->launch({}, {store_ns}, body);
+    sim_->launch(compute_stream, {store_ns}, body);
   }
 
   void attend(std::uint32_t layer, std::span<const KvPiece> pieces) override {
@@ -187,7 +190,7 @@ class StampKernel final : public LayerKernel {
       expect(same(frame, want, count), told(entry.id, layer_, token));
       return;
     }
-    sim_->launch({}, {read_ns},
+    sim_->launch(compute_stream, {read_ns},
                  [=, id = entry.id, layer = layer_, aborted = aborted_, failure = failure_] {
                    if (!*aborted && failure->empty() && !same(frame, want, count)) {
                      *failure = told(id, layer, token);
@@ -223,7 +226,9 @@ class Model {
         streams_(backend->capabilities().streams),
         kernel_(geometry, streams_ ? &sim() : nullptr),
         random_(geometry.layers),
-        cache_(std::make_unique<TieredCache>(geometry, policy, std::move(backend))) {}
+        cache_(std::make_unique<TieredCache>(geometry, policy, std::move(backend))) {
+    if (streams_) cache_->set_stream(compute_stream);
+  }
 
   Model(const Geometry& geometry, const std::string& policy, const SimOptions& options)
       : Model(geometry, policy, std::make_unique<ProxyBackend>(open_sim(options))) {}
@@ -322,7 +327,7 @@ class Model {
       Salts& salts = salts_.at(entry.id);
       salts.insert(salts.end(), entry.new_tokens, entry.salt);
     }
-    if (streams_ && random_() % 4 != 0) sim().synchronize({});
+    if (streams_ && random_() % 4 != 0) sim().synchronize(compute_stream);
   }
 
   void abort() {
