@@ -5,11 +5,14 @@
 // memory of its own, and with an attention kernel of its own. All must give the same tokens.
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <memory>
 #include <random>
+#include <span>
 #include <vector>
 
 #include "pie/backends.hpp"

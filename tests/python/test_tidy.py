@@ -49,14 +49,14 @@ SEAM_SIDE = files(
 CPP = [
     *CORE,
     *SEAM_SIDE,
-    *files("python/pie/*.?pp", "tests/cpp/*.?pp", "tests/embed/*.cpp", "bench/*.cpp"),
+    *files("python/pie/*.?pp", "tests/cpp/*.?pp", "examples/embed/*.cpp", "bench/*.cpp"),
 ]
 PACKAGE = files("python/pie/**/*.py")
 PYTHON = [*PACKAGE, *files("tests/python/*.py", "examples/*.py", "bench/*.py")]
 OTHERS = files(
     "Makefile", ".ci/run", "CMakeLists.txt", "cmake/*", "*.toml", "constraints.txt", ".clang-*"
 )
-OTHERS += files("*.md", "docs/*.md", "*/README.md", "tests/embed/*")
+OTHERS += files("*.md", "docs/*.md", "*/README.md", "tests/embed/*", "examples/embed/*")
 
 every = pytest.mark.parametrize
 
