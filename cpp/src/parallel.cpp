@@ -12,20 +12,27 @@
 #include <atomic>
 #include <thread>
 
+#include "process.hpp"
+
 namespace pie {
 namespace {
 
 using GompParallel = void (*)(void (*body)(void* data), void* data, unsigned threads,
                               unsigned flags);
 
-// At most one of `runner` and `gomp` is set.
 struct Team {
-  ParallelRunner runner = nullptr;
   GompParallel gomp = nullptr;
   unsigned threads = 1;
+  Process process;
 };
 
-Team team;
+std::atomic<ParallelRunner> runner = nullptr;
+
+// Of the calling thread, as OpenMP's own number of threads is; goes before the runner. A forked
+// child has the calling thread alone: GNU's runtime would wait for the others for ever.
+thread_local Team lent;
+
+bool is_lent() { return lent.gomp != nullptr && lent.process.is_this(); }
 
 // Set while this thread runs a body: a loop inside a loop stays on its thread.
 thread_local bool inside = false;
@@ -55,10 +62,9 @@ void run_share(void* data) {
 
 }  // namespace
 
-void set_parallel_runner(ParallelRunner runner) {
-  // How many threads a runner has is not known; those of the machine is what it will be sized for.
-  const unsigned threads = std::max(2U, std::thread::hardware_concurrency());
-  team = {.runner = runner, .gomp = nullptr, .threads = runner == nullptr ? 1 : threads};
+void set_parallel_runner(ParallelRunner chosen) {
+  runner = chosen;
+  lent = {};
 }
 
 bool use_openmp(const char* library, unsigned threads) {
@@ -71,22 +77,29 @@ bool use_openmp(const char* library, unsigned threads) {
     return false;
   }
   // The handle is kept: it holds the library in the process for as long as loops may run on it.
-  team = {.runner = nullptr, .gomp = reinterpret_cast<GompParallel>(entry), .threads = threads};
+  lent = {.gomp = reinterpret_cast<GompParallel>(entry), .threads = threads, .process = {}};
   return true;
 }
 
-unsigned parallel_threads() { return team.threads; }
+// How many threads a runner has is not known; those of the machine is what it will be sized for.
+unsigned parallel_threads() {
+  if (is_lent()) return lent.threads;
+  return runner == nullptr ? 1 : std::max(2U, std::thread::hardware_concurrency());
+}
 
 void parallel_for(std::size_t count, void (*body)(void* context, std::size_t i), void* context) {
-  if (count <= 1 || inside || team.threads == 1) {
+  const bool ours = is_lent();
+  const ParallelRunner theirs = ours ? nullptr : runner.load();
+  const bool serial = ours ? lent.threads == 1 : theirs == nullptr;
+  if (count <= 1 || inside || serial) {
     for (std::size_t i = 0; i < count; ++i) body(context, i);
     return;
   }
   Loop loop{.count = count, .body = body, .context = context};
-  if (team.runner != nullptr) {
-    team.runner(count, run_one, &loop);
+  if (theirs != nullptr) {
+    theirs(count, run_one, &loop);
   } else {
-    team.gomp(run_share, &loop, team.threads, 0);
+    lent.gomp(run_share, &loop, lent.threads, 0);
   }
 }
 

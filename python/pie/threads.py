@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from pathlib import Path
 
@@ -10,17 +11,21 @@ import torch
 
 from pie import _core
 
-_lent_threads = 0
+
+class _Lent(threading.local):
+    threads = 1  # as many as native loops of this thread run on
+
+
+_lent = _Lent()
 
 
 def lend_threads() -> None:
-    """Runs the native loops on torch's own OpenMP team, of the size that torch has now."""
-    global _lent_threads
+    """Runs this thread's native loops on torch's OpenMP team, of the size that torch has now."""
     threads = torch.get_num_threads()
-    if threads == _lent_threads:
+    if threads == _lent.threads:
         return
-    _lent_threads = threads
-    if threads > 1 and not any(_core.use_openmp(path, threads) for path in _openmp_libraries()):
+    _lent.threads = threads
+    if not any(_core.use_openmp(path, threads) for path in _openmp_libraries()) and threads > 1:
         warnings.warn(
             "torch's OpenMP library was not found in this process, so Pie attends on one thread.",
             RuntimeWarning,

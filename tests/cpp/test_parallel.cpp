@@ -91,6 +91,21 @@ TEST_F(ParallelTest, RefusesAnOpenMpThatIsNotLoaded) {
   EXPECT_EQ(parallel_threads(), 1U);
 }
 
+// Each thread that computes has its own team: what one asks for never changes another's.
+TEST_F(ParallelTest, LendsOpenMpToTheCallingThreadOnly) {
+  if (::dlopen("libgomp.so.1", RTLD_NOW) == nullptr) GTEST_SKIP() << "there is no libgomp.so.1";
+  ASSERT_TRUE(use_openmp("libgomp.so.1", 3));
+  std::thread([] {
+    EXPECT_EQ(parallel_threads(), 1U);
+    EXPECT_TRUE(use_openmp("libgomp.so.1", 2));
+    EXPECT_EQ(parallel_threads(), 2U);
+  }).join();
+  EXPECT_EQ(parallel_threads(), 3U);
+  ASSERT_TRUE(use_openmp("libgomp.so.1", 1));
+  EXPECT_EQ(parallel_threads(), 1U);
+  expect_each_index_once(50);
+}
+
 TEST_F(ParallelTest, RunsOnALoadedOpenMp) {
 #if defined(__SANITIZE_THREAD__)
   GTEST_SKIP() << "libgomp synchronises by futexes of its own, which ThreadSanitizer cannot see.";

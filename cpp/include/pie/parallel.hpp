@@ -13,14 +13,16 @@ namespace pie {
 using ParallelRunner = void (*)(std::size_t count, void (*body)(void* context, std::size_t i),
                                 void* context);
 
-// Replaces the runner of this process; nullptr restores the serial one. Not while a step runs.
+// Replaces the runner of this process; nullptr restores the serial one. Not while a step runs. The
+// calling thread gives up what `use_openmp` gave it.
 void set_parallel_runner(ParallelRunner runner);
 
-// Uses the OpenMP runtime at `library` (a path already loaded in this process, such as torch's
-// libgomp) with `threads` threads. Returns false where it is not loaded or lacks the entry points.
+// Loops of the calling thread run on the OpenMP runtime at `library` (a path already loaded in this
+// process, such as torch's libgomp) with `threads` threads, 1 being the calling one alone. Returns
+// false where it is not loaded or lacks the entry points.
 bool use_openmp(const char* library, unsigned threads);
 
-// Threads that parallel_for may use; 1 where serial.
+// Threads that parallel_for may use when this thread calls it; 1 where serial.
 [[nodiscard]] unsigned parallel_threads();
 
 void parallel_for(std::size_t count, void (*body)(void* context, std::size_t i), void* context);
