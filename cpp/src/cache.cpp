@@ -13,6 +13,7 @@
 #include "pie/backends.hpp"
 #include "pie/error.hpp"
 #include "pie/scheduler.hpp"
+#include "process.hpp"
 
 namespace pie {
 
@@ -249,10 +250,13 @@ class TieredCache::Impl {
               std::uint32_t query_heads, const AttendOptions& options, float* lse);
   Gathered gather(std::uint32_t layer, const LayerInputs& inputs);
   void run(std::uint32_t layer, LayerKernel& kernel);
-  std::span<const std::int32_t> pages(std::uint32_t layer, const LayerInputs& inputs);
+  FrameTable pages(std::uint32_t layer, const LayerInputs& inputs);
   void finish();
   void abort() noexcept;
   void resize(Bytes device_bytes, Bytes pool_bytes);
+  [[nodiscard]] OpenStep open_step() const {
+    return in_step_ ? OpenStep{total_rows(), next_layer_} : OpenStep{};
+  }
   [[nodiscard]] Stats stats() const;
   [[nodiscard]] Bytes kv_bytes() const;
   [[nodiscard]] std::uint32_t device_frames() const { return scheduler_.map().device().capacity(); }
@@ -272,7 +276,7 @@ class TieredCache::Impl {
   std::unique_ptr<Backend> backend_;
   Capabilities capabilities_;
   Scheduler scheduler_;
-  bool in_step_ = false;
+  Process process_;
 
  private:
   void take_turn(std::uint32_t layer, Reader reader, const char* call);
@@ -287,6 +291,7 @@ class TieredCache::Impl {
   void note_peaks();
 
   std::atomic<bool> entered_ = false;
+  bool in_step_ = false;
   Reader reader_ = Reader::attend;
   std::vector<Growth> batch_;
   std::uint32_t next_layer_ = 0;
@@ -500,8 +505,7 @@ Gathered TieredCache::Impl::gather(std::uint32_t layer, const LayerInputs& input
   return gathered;
 }
 
-std::span<const std::int32_t> TieredCache::Impl::pages(std::uint32_t layer,
-                                                       const LayerInputs& inputs) {
+FrameTable TieredCache::Impl::pages(std::uint32_t layer, const LayerInputs& inputs) {
   take_turn(layer, Reader::pages, "pages");
   const std::uint32_t size = geometry_.block_tokens;
   const std::size_t columns = (longest() + size - 1) / size;
@@ -509,7 +513,7 @@ std::span<const std::int32_t> TieredCache::Impl::pages(std::uint32_t layer,
   PagesKernel kernel(shape(geometry_.kv_heads), inputs,
                      {backend_->address(0), capabilities_.frame_stride, table_.data(), columns});
   run_layer(layer, kernel);
-  return table_;
+  return {static_cast<std::uint32_t>(batch_.size()), table_};
 }
 
 void TieredCache::Impl::run(std::uint32_t layer, LayerKernel& kernel) {
@@ -586,6 +590,7 @@ Stats TieredCache::Impl::stats() const {
   stats.ring_frames = scheduler_.plan().ring_frames;
   stats.policy = scheduler_.policy().name();
   stats.pool_io = capabilities_.pool_io;
+  stats.pool_io_reason = capabilities_.pool_io_reason;
   stats.attention_isa = pie::attention_isa();
   return stats;
 }
@@ -645,13 +650,19 @@ TieredCache::TieredCache(const Geometry& geometry, const std::string& policy,
                          std::unique_ptr<Backend> backend)
     : impl_(std::make_unique<Impl>(geometry, make_policy(policy), std::move(backend))) {}
 
-TieredCache::~TieredCache() = default;
+// What a forked child inherits is left as it is: transfers, threads and files are its parent's.
+TieredCache::~TieredCache() {
+  if (impl_ != nullptr && !impl_->process_.is_this()) static_cast<void>(impl_.release());
+}
 
 namespace {
 
 template <typename Impl>
 Impl& open(const std::unique_ptr<Impl>& impl) {
   require(impl != nullptr, "The cache is closed.");
+  require(impl->process_.is_this(),
+          "This cache belongs to the process that made it, and this is a forked child of that one: "
+          "make a new cache here, or start the child by another way than fork.");
   return *impl;
 }
 
@@ -710,7 +721,7 @@ void TieredCache::attend(std::uint32_t layer, const LayerInputs& inputs, const R
   impl.attend(layer, inputs, q, out, query_heads, options, lse);
 }
 
-std::span<const std::int32_t> TieredCache::pages(std::uint32_t layer, const LayerInputs& inputs) {
+FrameTable TieredCache::pages(std::uint32_t layer, const LayerInputs& inputs) {
   Impl& impl = open(impl_);
   const Impl::Entry entry(impl);
   return impl.pages(layer, inputs);
@@ -718,7 +729,8 @@ std::span<const std::int32_t> TieredCache::pages(std::uint32_t layer, const Laye
 
 Arena TieredCache::arena() const {
   const Impl& impl = open(impl_);
-  return {impl.backend_->address(0), impl.capabilities_.frame_stride, impl.device_frames()};
+  return {impl.backend_->address(0), impl.capabilities_.frame_stride, impl.device_frames(),
+          impl.backend_->memory()};
 }
 
 void TieredCache::resize(Bytes device_bytes, Bytes pool_bytes) {
@@ -753,10 +765,10 @@ void TieredCache::finish() {
 }
 
 void TieredCache::abort() noexcept {
-  if (impl_ != nullptr) impl_->abort();
+  if (impl_ != nullptr && impl_->process_.is_this()) impl_->abort();
 }
 
-bool TieredCache::in_step() const { return open(impl_).in_step_; }
+OpenStep TieredCache::open_step() const { return open(impl_).open_step(); }
 
 Stats TieredCache::stats() const { return open(impl_).stats(); }
 
@@ -765,8 +777,9 @@ void TieredCache::check() const { open(impl_).scheduler_.check(); }
 void TieredCache::close() {
   if (impl_ == nullptr) return;
   {
-    const Impl::Entry entry(*impl_);
-    impl_->abort();
+    Impl& impl = open(impl_);
+    const Impl::Entry entry(impl);
+    impl.abort();
   }
   impl_.reset();
 }

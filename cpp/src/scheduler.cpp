@@ -154,7 +154,7 @@ Snapshot Scheduler::snapshot(std::uint32_t device_frames, std::uint32_t pool_fra
 
 // Refuses a plan that cannot be carried out, before anything is changed; the pool may grow.
 void Scheduler::admit(const Snapshot& snapshot, const Plan& plan, std::uint32_t staging_frames) {
-  admit_on_device(snapshot, plan, staging_frames);
+  admit_on_device(snapshot, plan, staging_frames, "this step");
   const Bytes stride = capabilities_.frame_stride;
   const std::uint64_t streamed = plan.streamed();
   if (streamed <= map_.pool().limit()) return;
@@ -168,7 +168,7 @@ void Scheduler::admit(const Snapshot& snapshot, const Plan& plan, std::uint32_t 
 }
 
 void Scheduler::admit_on_device(const Snapshot& snapshot, const Plan& plan,
-                                std::uint32_t staging_frames) const {
+                                std::uint32_t staging_frames, const std::string& what) const {
   const Bytes stride = capabilities_.frame_stride;
   // Where the pool is to be full to its last frame, blocks could not change places with a device
   // that is full as well: without a ring to pass through, one frame of it stays free.
@@ -179,7 +179,7 @@ void Scheduler::admit_on_device(const Snapshot& snapshot, const Plan& plan,
   const bool streams = snapshot.pool_frames > 0 && policy_->name() != "off";
   const std::uint64_t there = std::uint64_t{snapshot.device_frames} + staging_frames;
   throw CapacityError(
-      "The device tier cannot hold this step: it needs " +
+      "The device tier cannot hold " + what + ": it needs " +
       sized((needed + staging_frames) * stride) + " and device_bytes gives " +
       sized(there * stride) + ". " +
       (streams ? "What is left over are partial blocks, which stay on the device: raise "

@@ -374,7 +374,7 @@ void Scheduler::resize(std::uint32_t device_frames, std::uint32_t pool_frames) {
     --now.device_frames;
     plan = policy_->plan(now);
   }
-  admit_on_device(now, plan, passes ? 1 : 0);
+  admit_on_device(now, plan, passes ? 1 : 0, "what the sequences hold");
   if (plan.streamed() > pool_frames) {
     throw CapacityError("resize: a pool of " + sized(pool_frames * capabilities_.frame_stride) +
                         " cannot hold the " + sized(plan.streamed() * capabilities_.frame_stride) +
@@ -396,9 +396,14 @@ void Scheduler::grow_device(std::uint32_t frames) {
   const std::uint32_t usable = backend_.resize_device(frames);
   if (usable < frames) {
     static_cast<void>(backend_.resize_device(map_.device().capacity()));
-    throw CapacityError("resize: the device tier can have " +
-                        sized(usable * capabilities_.frame_stride) + ", not " +
-                        sized(frames * capabilities_.frame_stride) + ". Ask for no more.");
+    const bool reserved = usable >= capabilities_.device_frames_max;
+    throw CapacityError(
+        "resize: the device tier can have " + sized(usable * capabilities_.frame_stride) +
+        ", not " + sized(frames * capabilities_.frame_stride) + ": " +
+        (reserved ? "it grows within the memory it was made over, or else the addresses reserved "
+                    "then: as many as the machine has memory, or just what was asked for where a "
+                    "limit (ulimit -v) allows no more. Make a new cache with more."
+                  : "the system gives no more memory. Ask for no more."));
   }
   map_.resize_device(frames);
   transfers_.resize_device(frames);

@@ -80,63 +80,65 @@ nb::dict to_dict(const pie::Stats& stats) {
   dict["ring_frames"] = stats.ring_frames;
   dict["policy"] = stats.policy;
   dict["pool_io"] = stats.pool_io;
+  dict["pool_io_reason"] = stats.pool_io_reason;
   dict["attention_isa"] = stats.attention_isa;
   return dict;
 }
 
-// Marks the cache as entered for as long as it lives.
-class Entry {
- public:
-  explicit Entry(std::atomic<bool>& busy) : busy_(busy) {
-    if (busy_.exchange(true)) {
-      throw pie::LogicError(
-          "A second thread called this cache while a call of another was running: one cache serves "
-          "one thread at a time, so hold a lock around it or give each thread its own cache.");
-    }
-  }
-  Entry(const Entry&) = delete;
-  Entry& operator=(const Entry&) = delete;
-  ~Entry() { busy_.store(false); }
+// Keeps `owner` until the last array over its memory goes.
+nb::capsule owner_of(std::shared_ptr<const void> owner) {
+  auto held = std::make_unique<std::shared_ptr<const void>>(std::move(owner));
+  return {held.release(),
+          [](void* last) noexcept { delete static_cast<std::shared_ptr<const void>*>(last); }};
+}
 
- private:
-  std::atomic<bool>& busy_;
-};
-
-// Where an array lies; strides in elements.
-struct Strided {
-  void* data = nullptr;
-  std::vector<std::size_t> shape;
-  std::vector<std::int64_t> strides;
-};
-
-// What a TieredKVCache holds. Views given out by `gather` share ownership of the C++ cache, so that
-// closing it while one lives gives the memory back only when the last of them is gone.
+// What a TieredKVCache holds. Arrays given out share ownership of the memory they lie in, not of
+// the cache: closing it gives everything else back.
 class Cache {
  public:
   explicit Cache(const pie::CacheOptions& options)
       : dtype_(options.geometry.dtype),
         kv_heads_(options.geometry.kv_heads),
         head_dim_(options.geometry.head_dim),
-        cache_(std::make_shared<pie::TieredCache>(options)) {}
+        cache_(std::make_unique<pie::TieredCache>(options)) {}
+  Cache(const Cache&) = delete;
+  Cache& operator=(const Cache&) = delete;
+  ~Cache() {
+    const nb::gil_scoped_release unlocked;  // it waits for transfers
+    cache_.reset();
+  }
 
   // Calls `call` with the C++ cache, without the interpreter lock.
   template <typename Call>
   auto enter(Call&& call) {
     const nb::gil_scoped_release unlocked;
-    const Entry entry(busy_);
+    const Turn turn(busy_);
+    if (!turn.taken()) {
+      throw pie::LogicError(
+          "A second thread called this cache while a call of another was running: one cache serves "
+          "one thread at a time, so hold a lock around it or give each thread its own cache.");
+    }
     if (!cache_) throw pie::LogicError("This cache is closed: make a new one.");
+    if (abort_owed_.exchange(false)) cache_->abort();
     return std::forward<Call>(call)(*cache_);
   }
 
+  // Never raises, so that an exception that ends a step gets to the caller. Where another thread is
+  // inside, the next call takes the step back.
+  void abort() noexcept {
+    const nb::gil_scoped_release unlocked;
+    abort_owed_ = true;
+    const Turn turn(busy_);
+    if (turn.taken() && cache_ && abort_owed_.exchange(false)) cache_->abort();
+  }
+
   nb::tuple gather(std::uint32_t layer, const pie::LayerInputs& inputs) {
-    auto held = std::make_unique<std::shared_ptr<pie::TieredCache>>();
+    std::shared_ptr<const void> memory;
     const pie::Gathered got = enter([&](auto& cache) {
-      *held = cache_;
+      memory = cache.arena().owner;
       return cache.gather(layer, inputs);
     });
-    const nb::capsule owner(held.release(), [](void* last) noexcept {
-      delete static_cast<std::shared_ptr<pie::TieredCache>*>(last);
-    });
+    const nb::capsule owner = owner_of(std::move(memory));
     const std::size_t shape[] = {got.batch, kv_heads_, got.longest, head_dim_};
     const auto view = [&](void* data) {
       return nb::cast(nb::ndarray<>(data, 4, shape, owner, nullptr, dlpack_dtype(dtype_),
@@ -145,69 +147,75 @@ class Cache {
     return nb::make_tuple(view(got.k), view(got.v));
   }
 
-  // Calls `call` with the C++ cache, and wraps the memory it returns in an array that keeps the
-  // cache alive.
-  template <typename Call>
-  nb::ndarray<> view(Call&& call, nb::dlpack::dtype dtype) {
-    auto held = std::make_unique<std::shared_ptr<pie::TieredCache>>();
-    const Strided at = enter([&](auto& cache) {
-      *held = cache_;
-      return call(cache);
-    });
-    const nb::capsule owner(held.release(), [](void* last) noexcept {
-      delete static_cast<std::shared_ptr<pie::TieredCache>*>(last);
-    });
-    return {at.data,           at.shape.size(), at.shape.data(),       owner,
-            at.strides.data(), dtype,           nb::device::cpu::value};
-  }
-
   nb::object frames() {
-    const auto viewed = view(
-        [&](auto& cache) {
-          const pie::Arena arena = cache.arena();
-          const pie::Geometry& geometry = cache.geometry();
-          const std::size_t tokens = geometry.block_tokens;
-          const auto head = static_cast<std::int64_t>(tokens * head_dim_);
-          const auto stride =
-              static_cast<std::int64_t>(arena.stride_bytes / pie::dtype_bytes(dtype_));
-          return Strided{arena.start,
-                         {arena.frames, 2, kv_heads_, tokens, head_dim_},
-                         {stride, head * static_cast<std::int64_t>(kv_heads_), head,
-                          static_cast<std::int64_t>(head_dim_), 1}};
-        },
-        dlpack_dtype(dtype_));
-    return nb::cast(viewed);
+    const auto [arena, tokens] = enter([](auto& cache) {
+      return std::pair(cache.arena(), std::size_t{cache.geometry().block_tokens});
+    });
+    const auto head = static_cast<std::int64_t>(tokens * head_dim_);
+    const std::size_t shape[] = {arena.frames, 2, kv_heads_, tokens, head_dim_};
+    const std::int64_t strides[] = {
+        static_cast<std::int64_t>(arena.stride_bytes / pie::dtype_bytes(dtype_)),
+        head * static_cast<std::int64_t>(kv_heads_), head, static_cast<std::int64_t>(head_dim_), 1};
+    return nb::cast(nb::ndarray<>(arena.start, 5, shape, owner_of(arena.owner), strides,
+                                  dlpack_dtype(dtype_), nb::device::cpu::value));
   }
 
-  nb::object pages(std::uint32_t layer, std::size_t batch, const pie::LayerInputs& inputs) {
-    const auto viewed = view(
-        [&](auto& cache) {
-          const auto table = cache.pages(layer, inputs);
-          const std::size_t columns = table.size() / batch;
-          return Strided{const_cast<std::int32_t*>(table.data()),
-                         {batch, columns},
-                         {static_cast<std::int64_t>(columns), 1}};
-        },
-        nb::dtype<std::int32_t>());
-    return nb::cast(viewed);
+  // The table is the array's own: a later one does not change it.
+  nb::object pages(std::uint32_t layer, const pie::LayerInputs& inputs) {
+    auto table = std::make_shared<std::vector<std::int32_t>>();
+    const std::size_t batch = enter([&](auto& cache) {
+      const pie::FrameTable found = cache.pages(layer, inputs);
+      table->assign(found.frames.begin(), found.frames.end());
+      return found.batch;
+    });
+    const std::size_t shape[] = {batch, table->size() / batch};
+    std::int32_t* data = table->data();
+    return nb::cast(nb::ndarray<>(data, 2, shape, owner_of(std::move(table)), nullptr,
+                                  nb::dtype<std::int32_t>(), nb::device::cpu::value));
   }
 
   void close() {
-    const nb::gil_scoped_release unlocked;
-    const Entry entry(busy_);
-    if (!cache_) return;
-    const std::shared_ptr<pie::TieredCache> last = std::move(cache_);
-    if (last.use_count() == 1) last->close();
+    if (closed()) return;
+    enter([&](auto& cache) {
+      cache.close();
+      cache_.reset();
+    });
   }
 
   [[nodiscard]] bool closed() const { return cache_ == nullptr; }
 
  private:
+  // One thread's turn inside the cache, where no other has it.
+  class Turn {
+   public:
+    explicit Turn(std::atomic<bool>& busy) : busy_(busy), taken_(!busy.exchange(true)) {}
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+    ~Turn() {
+      if (taken_) busy_.store(false);
+    }
+    [[nodiscard]] bool taken() const { return taken_; }
+
+   private:
+    std::atomic<bool>& busy_;
+    bool taken_;
+  };
+
   pie::DType dtype_;
   std::size_t kv_heads_;
   std::size_t head_dim_;
-  std::shared_ptr<pie::TieredCache> cache_;
+  std::unique_ptr<pie::TieredCache> cache_;
   std::atomic<bool> busy_ = false;
+  std::atomic<bool> abort_owed_ = false;
+};
+
+// A step as a context manager, here so that no signal handler of Python's can run between its begin
+// and the body, or between the body and its end.
+struct Step {
+  nb::object owner;  // the TieredKVCache, which `with` gives
+  Cache* cache = nullptr;
+  std::vector<pie::StepEntry> batch;
+  pie::Reader reader = pie::Reader::attend;
 };
 
 void construct(Cache* self, std::uint32_t layers, std::uint32_t kv_heads, std::uint32_t head_dim,
@@ -230,12 +238,16 @@ pie::Reader reader_from(const std::string& name) {
   throw pie::ConfigError("reader is '" + name + "': use 'attend', 'gather' or 'pages'.");
 }
 
-void begin(Cache& self, const Batch& batch, const std::string& reader_name) {
-  const pie::Reader reader = reader_from(reader_name);
-  std::vector<pie::StepEntry> entries;
-  entries.reserve(batch.size());
-  for (const auto& [sequence, new_tokens] : batch) entries.push_back({sequence, new_tokens});
-  self.enter([&](auto& cache) { cache.begin(entries, reader); });
+Step make_step(const nb::object& owner, Cache& cache, const Batch& batch,
+               const std::string& reader_name) {
+  Step step{owner, &cache, {}, reader_from(reader_name)};
+  for (const auto& [sequence, new_tokens] : batch) step.batch.push_back({sequence, new_tokens});
+  return step;
+}
+
+nb::object begin(const Step& step) {
+  step.cache->enter([&](auto& cache) { cache.begin(step.batch, step.reader); });
+  return step.owner;
 }
 
 void bind_exceptions(nb::module_& module) {
@@ -260,17 +272,27 @@ void bind_functions(nb::module_& module) {
              "Directory in which the pool's file is made when none is named.");
   module.def("free_disk_bytes", &pie::free_disk_bytes, "directory"_a,
              "Free bytes in the file system of a directory.");
+  module.def(
+      "try_pool",
+      [](const std::string& directory) {
+        const pie::PoolWay way = pie::try_pool(directory);
+        return std::pair(way.io, way.reason);
+      },
+      "directory"_a, "How a pool there is reached, and why not by a faster way.");
   module.def("attention_isa", &pie::attention_isa, "Instruction set that attention was built for.");
   module.def(
       "check_policy", [](const std::string& name) { (void)pie::make_policy(name); }, "name"_a,
       "Raises ConfigError where there is no such policy.");
-  module.def("use_openmp", &pie::use_openmp, "library"_a, "threads"_a,
-             "Runs loops on the OpenMP team of a library that this process has loaded.");
+  module.def(
+      "use_openmp", &pie::use_openmp, "library"_a, "threads"_a,
+      "Runs this thread's loops on the OpenMP team of a library that this process has loaded.");
+  module.def("parallel_threads", &pie::parallel_threads,
+             "How many threads this one's loops run on.");
 }
 
 // The three matrices are (address, row stride, head stride), strides in elements.
 void bind_step(nb::class_<Cache>& cache) {
-  cache.def("begin", &begin, "batch"_a, "reader"_a, "Opens a step over (sequence, new tokens).")
+  cache
       .def(
           "attend",
           [](Cache& self, std::uint32_t layer, std::uintptr_t k, std::int64_t k_row,
@@ -302,26 +324,43 @@ void bind_step(nb::class_<Cache>& cache) {
           "Appends one layer's K and V and returns all of them, as arrays that DLPack can take.")
       .def(
           "pages",
-          [](Cache& self, std::uint32_t layer, std::size_t batch, std::uintptr_t k,
-             std::int64_t k_row, std::int64_t k_head, std::uintptr_t v, std::int64_t v_row,
-             std::int64_t v_head) {
-            return self.pages(layer, batch, {rows_at(k, k_row, k_head), rows_at(v, v_row, v_head)});
+          [](Cache& self, std::uint32_t layer, std::uintptr_t k, std::int64_t k_row,
+             std::int64_t k_head, std::uintptr_t v, std::int64_t v_row, std::int64_t v_head) {
+            return self.pages(layer, {rows_at(k, k_row, k_head), rows_at(v, v_row, v_head)});
           },
-          "layer"_a, "batch"_a, "k"_a, "k_row"_a, "k_head"_a, "v"_a, "v_row"_a, "v_head"_a,
-          nb::sig(
-              "def pages(self, layer: int, batch: int, k: int, k_row: int, k_head: int, v: int, "
-              "v_row: int, v_head: int) -> typing.Any"),
+          "layer"_a, "k"_a, "k_row"_a, "k_head"_a, "v"_a, "v_row"_a, "v_head"_a,
+          nb::sig("def pages(self, layer: int, k: int, k_row: int, k_head: int, v: int, v_row: "
+                  "int, v_head: int) -> typing.Any"),
           "Appends one layer's K and V and returns the table of frames, an array for DLPack.")
       .def(
           "finish", [](Cache& self) { self.enter([](auto& tiered) { tiered.finish(); }); },
           "Ends the step: lengths advance.")
+      .def("abort", &Cache::abort, "Takes the step's appends back, at the next call at the latest.")
       .def(
-          "abort", [](Cache& self) { self.enter([](auto& tiered) { tiered.abort(); }); },
-          "Takes the step's appends back.")
+          "open_step",
+          [](Cache& self) {
+            const auto open = self.enter([](auto& tiered) { return tiered.open_step(); });
+            return std::pair(open.rows, open.next_layer);
+          },
+          "(rows, layer that comes next) of the open step; no rows: none is.");
+}
+
+void bind_steps(nb::module_& module) {
+  nb::class_<Step>(module, "Step", "A step: finished on leaving, taken back on an exception.")
+      .def("__enter__", &begin, nb::sig("def __enter__(self) -> typing.Any"))
       .def(
-          "in_step",
-          [](Cache& self) { return self.enter([](auto& tiered) { return tiered.in_step(); }); },
-          "Whether a step is open.");
+          "__exit__",
+          [](Step& step, const nb::object& kind, const nb::object& /*error*/,
+             const nb::object& /*trace*/) {
+            if (!kind.is_none()) return step.cache->abort();
+            step.cache->enter([](auto& tiered) { tiered.finish(); });
+          },
+          "kind"_a.none(), "error"_a.none(), "trace"_a.none());
+  module.def("step", &make_step, "owner"_a, "cache"_a, "batch"_a, "reader"_a,
+             nb::keep_alive<0, 2>(),
+             nb::sig("def step(owner: typing.Any, cache: Cache, batch: "
+                     "collections.abc.Sequence[tuple[int, int]], reader: str) -> Step"),
+             "A step over (sequence, new tokens) of a cache, which `with` opens.");
 }
 
 void bind_cache(nb::module_& module) {
@@ -377,6 +416,7 @@ void bind_cache(nb::module_& module) {
       .def("close", &Cache::close, "Gives all memory back.")
       .def("closed", &Cache::closed, "Whether close() was called.");
   bind_step(cache);
+  bind_steps(module);
 }
 
 }  // namespace

@@ -22,6 +22,9 @@ def default_pool_dir() -> str:
 def free_disk_bytes(directory: str) -> int:
     """Free bytes in the file system of a directory."""
 
+def try_pool(directory: str) -> tuple[str, str]:
+    """How a pool there is reached, and why not by a faster way."""
+
 def attention_isa() -> str:
     """Instruction set that attention was built for."""
 
@@ -30,8 +33,11 @@ def check_policy(name: str) -> None:
 
 def use_openmp(library: str, threads: int) -> bool:
     """
-    Runs loops on the OpenMP team of a library that this process has loaded.
+    Runs this thread's loops on the OpenMP team of a library that this process has loaded.
     """
+
+def parallel_threads() -> int:
+    """How many threads this one's loops run on."""
 
 def append_pages(frames: Any, table: Any, starts: Any, positions: Any, k: Any, v: Any) -> None:
     """Writes K and V rows into the frames that the table names."""
@@ -77,9 +83,6 @@ class Cache:
     def closed(self) -> bool:
         """Whether close() was called."""
 
-    def begin(self, batch: Sequence[tuple[int, int]], reader: str) -> None:
-        """Opens a step over (sequence, new tokens)."""
-
     def attend(self, layer: int, k: int, k_row: int, k_head: int, v: int, v_row: int, v_head: int, q: int, q_row: int, q_head: int, out: int, out_row: int, out_head: int, query_heads: int, scale: float, soft_cap: float, sinks: int, lse: int) -> None:
         """
         Appends one layer's K and V and attends; addresses and strides in elements.
@@ -90,7 +93,7 @@ class Cache:
         Appends one layer's K and V and returns all of them, as arrays that DLPack can take.
         """
 
-    def pages(self, layer: int, batch: int, k: int, k_row: int, k_head: int, v: int, v_row: int, v_head: int) -> Any:
+    def pages(self, layer: int, k: int, k_row: int, k_head: int, v: int, v_row: int, v_head: int) -> Any:
         """
         Appends one layer's K and V and returns the table of frames, an array for DLPack.
         """
@@ -99,7 +102,17 @@ class Cache:
         """Ends the step: lengths advance."""
 
     def abort(self) -> None:
-        """Takes the step's appends back."""
+        """Takes the step's appends back, at the next call at the latest."""
 
-    def in_step(self) -> bool:
-        """Whether a step is open."""
+    def open_step(self) -> tuple[int, int]:
+        """(rows, layer that comes next) of the open step; no rows: none is."""
+
+class Step:
+    """A step: finished on leaving, taken back on an exception."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, kind: object | None, error: object | None, trace: object | None) -> None: ...
+
+def step(owner: Any, cache: Cache, batch: Sequence[tuple[int, int]], reader: str) -> Step:
+    """A step over (sequence, new tokens) of a cache, which `with` opens."""

@@ -11,7 +11,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Sequence
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Any, Literal, overload
 
 import torch
@@ -76,30 +76,6 @@ class Stats(dict[str, Any]):
             raise AttributeError(f"stats() has no {name!r}") from None
 
 
-class _Step:
-    """A step as a context manager: finished on leaving, taken back on an exception."""
-
-    def __init__(self, cache: TieredKVCache, batch: Sequence[tuple[int, int]], reader: str) -> None:
-        self._cache = cache
-        self._batch = batch
-        self._reader = reader
-
-    def __enter__(self) -> TieredKVCache:
-        self._cache._begin(self._batch, self._reader)
-        return self._cache
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self._cache._finish()
-        else:
-            self._cache._abort()
-
-
 class TieredKVCache:
     """KV cache of many sequences over two tiers: `device_bytes` of fast memory, a pool behind it.
 
@@ -149,9 +125,6 @@ class TieredKVCache:
         self.head_dim = _positive("head_dim", head_dim)
         self.dtype = torch_dtype(dtype)
         self._scale = self.head_dim**-0.5
-        self._rows = 0  # new tokens of the open step, 0 outside a step
-        self._batch = 0  # its sequences
-        self._next = 0  # its layer that attends next
         self._core = _core.Cache(
             layers=self.num_layers,
             kv_heads=self.num_kv_heads,
@@ -167,7 +140,7 @@ class TieredKVCache:
         self._frames: torch.Tensor | None = None
         number = next(_numbers)
         _caches[number] = self
-        self._handle = torch.tensor([number])  # what the operator knows this cache by
+        self._handle = torch.tensor([number], device="cpu")  # what the operator knows this cache by
         self._report_fallback()
 
     def add(self) -> int:
@@ -219,14 +192,29 @@ class TieredKVCache:
         batch: Sequence[tuple[int, int]],
         *,
         reader: Literal["attend", "gather", "pages"] = "attend",
-    ) -> _Step:
+    ) -> AbstractContextManager[TieredKVCache]:
         """A forward pass over `batch`, pairs of (sequence, new tokens), as a context manager.
 
         Inside it, every layer from 0 to the last goes once, in order, through `attend`, or through
         `gather` or `pages` where `reader` says so. Leaving it makes the sequences longer; an
         exception takes all of the step's appends back.
         """
-        return _Step(self, batch, reader)
+        entries = [(_known(sequence), _count("new tokens", tokens)) for sequence, tokens in batch]
+        if not any(tokens for _, tokens in entries):
+            raise LogicError("The step's batch has no new tokens: leave such a step out.")
+        lend_threads()
+        step: AbstractContextManager[TieredKVCache] = _core.step(self, self._core, entries, reader)
+        return step
+
+    def open_step(self) -> tuple[int, int]:
+        """(new tokens of the step that is open, layer that comes next); (0, 0) where none is."""
+        return self._core.open_step()
+
+    def abort(self) -> None:
+        """Takes the appends of an open step back, as an exception inside it does. Never raises:
+        where another thread is inside the cache, the next call takes them back.
+        """
+        self._core.abort()
 
     @overload
     def attend(
@@ -303,15 +291,15 @@ class TieredKVCache:
     ) -> None:
         """`attend`, when it runs."""
         query_heads = self._query_heads(q)
-        self._open_rows("attend")
-        self._check_tensor("q", q, query_heads)
-        self._check_tensor("k", k, self.num_kv_heads)
-        self._check_tensor("v", v, self.num_kv_heads)
-        self._check_tensor("out", out, query_heads)
+        rows, due = self._in_step("attend")
+        self._check_tensor("q", q, rows, query_heads)
+        self._check_tensor("k", k, rows, self.num_kv_heads)
+        self._check_tensor("v", v, rows, self.num_kv_heads)
+        self._check_tensor("out", out, rows, query_heads)
         if sinks is not None:
             check_sinks(sinks, query_heads)
         self._core.attend(
-            self._next if layer < 0 else layer,
+            due if layer < 0 else layer,
             k.data_ptr(),
             k.stride(0),
             k.stride(1),
@@ -330,7 +318,6 @@ class TieredKVCache:
             0 if sinks is None else sinks.data_ptr(),
             0 if lse is None else lse.data_ptr(),
         )
-        self._next += 1
 
     def gather(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
@@ -341,9 +328,9 @@ class TieredKVCache:
         the right. Both are views of one staging buffer: their contents last until the next
         `gather`, step or truncation.
         """
-        self._open_rows("gather")
-        self._check_tensor("k", k, self.num_kv_heads)
-        self._check_tensor("v", v, self.num_kv_heads)
+        rows, _ = self._in_step("gather")
+        self._check_tensor("k", k, rows, self.num_kv_heads)
+        self._check_tensor("v", v, rows, self.num_kv_heads)
         keys, values = self._core.gather(
             self._layer(layer),
             k.data_ptr(),
@@ -359,15 +346,14 @@ class TieredKVCache:
         """Appends k and v (as for `attend`) and returns where the layer's blocks lie on the device.
 
         `[batch, most blocks]`, int32: the index into `frames` of each block of each sequence, -1
-        where there is none (past the end, or before the window). All of them stay until the next
-        layer, or the end of the step, overwrites the table. In a step with reader="pages".
+        where there is none (past the end, or before the window). The blocks stay there until the
+        next layer, or the end of the step. In a step with reader="pages".
         """
-        self._open_rows("pages")
-        self._check_tensor("k", k, self.num_kv_heads)
-        self._check_tensor("v", v, self.num_kv_heads)
+        rows, _ = self._in_step("pages")
+        self._check_tensor("k", k, rows, self.num_kv_heads)
+        self._check_tensor("v", v, rows, self.num_kv_heads)
         table = self._core.pages(
             self._layer(layer),
-            self._batch,
             k.data_ptr(),
             k.stride(0),
             k.stride(1),
@@ -399,7 +385,9 @@ class TieredKVCache:
         self._core.check()
 
     def close(self) -> None:
-        """Gives all memory back, that under tensors made over it when the last of them goes."""
+        """Gives everything back at once; but where a tensor of `frames` or `gather` still lives,
+        device memory when the last of them goes.
+        """
         self._frames = None
         self._core.close()
 
@@ -410,47 +398,24 @@ class TieredKVCache:
         self.close()
 
     def _report_fallback(self) -> None:
-        pool_io = self._core.stats()["pool_io"]
+        stats = self._core.stats()
+        pool_io = stats["pool_io"]
         if pool_io not in ("none", "direct-uring"):
             warnings.warn(
                 f"The pool is reached by {pool_io} instead of direct I/O through io_uring, which "
-                "may be slower or fill the page cache. For the fast way name a pool_dir on a local "
-                "disk and build with liburing.",
+                f"may be slower or fill the page cache: {stats['pool_io_reason']}.",
                 RuntimeWarning,
                 stacklevel=3,
             )
 
-    def _begin(self, batch: Sequence[tuple[int, int]], reader: str) -> None:
-        entries = [(_known(sequence), _count("new tokens", tokens)) for sequence, tokens in batch]
-        lend_threads()
-        rows = sum(tokens for _, tokens in entries)
+    def _in_step(self, call: str) -> tuple[int, int]:
+        rows, layer = self.open_step()
         if rows == 0:
-            raise LogicError("The step's batch has no new tokens: leave such a step out.")
-        self._core.begin(entries, reader)
-        self._rows = rows
-        self._batch = len(entries)
-        self._next = 0
-
-    def _finish(self) -> None:
-        self._rows = 0
-        try:
-            self._core.finish()
-        except BaseException:
-            self._core.abort()
-            raise
-
-    def _abort(self) -> None:
-        self._rows = 0
-        if not self._core.closed():
-            self._core.abort()
-
-    def _open_rows(self, call: str) -> int:
-        if self._rows == 0:
             raise LogicError(
                 f"{call}() was called outside a step: "
                 "use it inside `with cache.step([(sequence, new_tokens), ...])`."
             )
-        return self._rows
+        return rows, layer
 
     def _layer(self, layer: int) -> int:
         if type(layer) is not int or not 0 <= layer < self.num_layers:
@@ -468,9 +433,9 @@ class TieredKVCache:
             )
         return heads
 
-    def _check_tensor(self, name: str, tensor: torch.Tensor, heads: int) -> None:
+    def _check_tensor(self, name: str, tensor: torch.Tensor, rows: int, heads: int) -> None:
         _check_place(name, tensor)
-        shape = (self._rows, heads, self.head_dim)
+        shape = (rows, heads, self.head_dim)
         if tensor.shape != shape:
             raise LogicError(
                 f"{name} has shape {list(tensor.shape)} where the step needs {list(shape)}: "

@@ -45,6 +45,7 @@ class ProxyBackend : public Backend {
   [[nodiscard]] std::byte* address(FrameIndex frame) const override {
     return inner_->address(frame);
   }
+  [[nodiscard]] std::shared_ptr<const void> memory() const override { return inner_->memory(); }
   [[nodiscard]] Health health() const override { return inner_->health(); }
 
  private:

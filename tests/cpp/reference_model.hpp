@@ -383,7 +383,7 @@ class Model {
     if (reader_ == Reader::gather) {
       compare_gathered(layer, cache_->gather(layer, inputs));
     } else if (reader_ == Reader::pages) {
-      compare_pages(layer, cache_->pages(layer, inputs));
+      compare_pages(layer, cache_->pages(layer, inputs).frames);
     } else {
       attend_and_compare(layer, inputs);
     }

@@ -311,6 +311,18 @@ TEST(HostMemory, ArenaTakesNoPageBeforeItIsUsed) {
   EXPECT_LE(resident_pages(), 2 * mib) << "one huge page";
 }
 
+TEST(HostMemory, ArenaStaysMappedForWhoeverHoldsIt) {
+  unsigned char page = 0;
+  auto backend = open_host(options_for(1, 1));
+  std::byte* address = backend->address(0);
+  std::shared_ptr<const void> memory = backend->memory();
+  address[0] = std::byte{7};
+  backend.reset();
+  EXPECT_EQ(address[0], std::byte{7});
+  memory.reset();
+  EXPECT_EQ(::mincore(address, 1, &page), -1);
+}
+
 TEST(HostMemory, ArenaIsUnmappedWithTheBackend) {
   unsigned char page = 0;
   std::byte* address = nullptr;
@@ -358,6 +370,7 @@ TEST(HostMemory, MayBeTheCallers) {
   {
     const auto backend = open_host(options);
     EXPECT_EQ(backend->address(0), options.device_memory);
+    EXPECT_EQ(backend->memory(), nullptr) << "it is the caller's";
     ASSERT_EQ(backend->resize_pool(4), 4U);
     fill(*backend, 1, 3);
     ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{1, 2, 1}})));

@@ -324,7 +324,7 @@ TEST(Scheduler, StepsOutOfTurnAreRefused) {
   static_cast<void>(cache.gather(0, {rows, rows}));
   EXPECT_THROW(static_cast<void>(cache.gather(0, {rows, rows})), LogicError);
   EXPECT_THROW(cache.finish(), LogicError);  // a layer is missing: aborted
-  EXPECT_FALSE(cache.in_step());
+  EXPECT_FALSE(cache.open_step().rows > 0);
   EXPECT_EQ(cache.length(id), 0U);
   cache.free(id);
   EXPECT_THROW(static_cast<void>(cache.length(id)), LogicError);

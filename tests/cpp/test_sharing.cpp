@@ -366,7 +366,7 @@ TEST_F(Sharing, PagesNameTheFrameOfEveryBlock) {
       k[0] = (last_stamp_ + 1) * layers + layer;
       k[2] = (last_stamp_ + 2) * layers + layer;
       const Rows rows{k.data(), 8, 8};
-      const auto table = cache_->pages(layer, {rows, rows});
+      const auto table = cache_->pages(layer, {rows, rows}).frames;
       const Arena arena = cache_->arena();
       const std::size_t columns = table.size() / 2;
       ASSERT_EQ(columns, 10U);

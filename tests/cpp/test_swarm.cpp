@@ -114,7 +114,7 @@ class Run {
 
   void operate() {
     try {
-      if (model_->cache().in_step()) {
+      if (model_->cache().open_step().rows > 0) {
         go_on();
       } else {
         between_steps();
@@ -219,7 +219,7 @@ class Run {
 
   // ---- the end: with the machine mended, everything is still there, and goes without a trace.
   void wind_up() {
-    if (model_->cache().in_step()) model_->abort();
+    if (model_->cache().open_step().rows > 0) model_->abort();
     model_->sim().set_faults({});
     while (!model_->salts().empty()) {
       const SequenceId id = model_->salts().begin()->first;

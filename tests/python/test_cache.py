@@ -578,16 +578,67 @@ def test_pages_and_frames_are_the_memory_itself():
                 )
 
 
-def test_views_outlive_the_cache():
+def test_tables_outlive_larger_ones():
+    with make(block_tokens=16) as cache:
+        sequence = cache.add()
+        kept = []
+        for tokens in (20, 3000):
+            with cache.step([(sequence, tokens)], reader="pages") as step:
+                for layer in range(LAYERS):
+                    table = step.pages(layer, *random_rows(tokens)[1:])
+                    kept.append((table, table.clone()))
+        for table, said in kept:
+            assert torch.equal(table, said)
+    table, said = kept[-1]
+    assert torch.equal(table, said), "closing the cache does not take it away"
+
+
+def open_files() -> list[str]:
+    """What this process holds open, but for the listing itself."""
+    found = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return sorted(found)
+
+
+def test_views_outlive_the_cache_and_keep_its_memory_alone():
+    before = open_files()
     cache = make("2MiB")
     frames = cache.frames
     with torch.inference_mode():
         assert not cache.frames.is_inference()
+    sequence = cache.add()
+    with cache.step([(sequence, 40)], reader="gather") as step:
+        for layer in range(LAYERS):
+            keys, _ = step.gather(layer, *random_rows(40)[1:])
+    gathered = keys.clone()
+    assert open_files() != before
     cache.close()
+    assert open_files() == before, "the pool's file and ring are given back at once"
     del cache
     gc.collect()
+    assert torch.equal(keys, gathered)
     assert frames.sum().isfinite()
     frames.fill_(1.0)
+
+
+def test_implicit_default_device_is_not_used():
+    with torch.device("meta"), make() as cache:
+        sequence = cache.add()
+        rows = [
+            torch.randn(3, n, HEAD_DIM, device="cpu") for n in (QUERY_HEADS, KV_HEADS, KV_HEADS)
+        ]
+        with cache.step([(sequence, 3)]) as step:
+            outs = [step.attend(layer, *rows) for layer in range(LAYERS)]
+        assert all(out.device.type == "cpu" for out in outs)
+
+
+def test_a_resize_that_does_not_fit_speaks_of_the_resize():
+    with make(policy="off", block_tokens=16) as cache:
+        run_step(cache, [(cache.add(), 2000)])
+        with pytest.raises(pie.CapacityError, match="cannot hold what the sequences hold"):
+            cache.resize(device_bytes="512KiB")
 
 
 def test_windows_hide_and_give_back():

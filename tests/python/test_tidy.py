@@ -16,7 +16,7 @@ LINES_MAX = 70  # of a function, so that it is seen whole
 
 # Each file of the core includes only files of layers above its own in this list.
 LAYERS = [
-    {"types", "error"},
+    {"types", "error", "process"},
     {"backend"},
     {"backends", "parallel", "attention"},
     {"frame_pool"},
@@ -28,10 +28,10 @@ LAYERS = [
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 # What sits beside the core, on the seam, knows nothing of what is above it.
-SEAM = {"types", "error", "backend", "backends", "parallel", "attention"}
+SEAM = {"types", "error", "process", "backend", "backends", "parallel", "attention"}
 
 # The same for the modules of the package.
-PARTS = ["_core", "sizes", "threads", "ops", "cache", "info", "hf", "cli"]
+PARTS = ["_core", "sizes", "memory", "threads", "ops", "cache", "info", "hf", "cli"]
 
 
 def files(*patterns: str) -> list[Path]:

@@ -72,6 +72,7 @@ struct Capabilities {
   Bytes copy_bytes_best = 0;      // copies of this size reach the link's rate
   bool streams = false;           // compute runs on a stream; false: on the calling thread
   std::string pool_io;            // how the pool is reached, for stats(): "direct-uring", ...
+  std::string pool_io_reason;     // why not a faster way, and what to do; empty where there is none
 };
 
 // ok, or lost with the first error: then every sequence fails, pool copies stay valid.
@@ -118,6 +119,10 @@ class Backend {
 
   // Start of a device frame. Frames of a run are `frame_stride` apart.
   [[nodiscard]] virtual std::byte* address(FrameIndex device_frame) const = 0;
+
+  // Whoever holds this keeps the memory under `address` mapped, beyond the backend's end. Null
+  // where the memory is the caller's, or cannot be touched.
+  [[nodiscard]] virtual std::shared_ptr<const void> memory() const { return nullptr; }
 
   [[nodiscard]] virtual Health health() const = 0;
 };

@@ -31,6 +31,15 @@ struct HostOptions {
 // the arena cannot be mapped.
 [[nodiscard]] std::unique_ptr<Backend> open_host(const HostOptions& options);
 
+// How the host backend reaches a pool, and why not by a faster way (empty where there is none).
+struct PoolWay {
+  std::string io;
+  std::string reason;
+};
+
+// Makes a pool's file in `dir` and gives it up again. Throws ConfigError where it cannot.
+[[nodiscard]] PoolWay try_pool(const std::string& dir);
+
 // The first of $TMPDIR, /var/tmp, /tmp that is a writable directory on a disk; throws ConfigError.
 [[nodiscard]] std::string default_pool_dir();
 

@@ -46,11 +46,26 @@ struct AttendOptions {
 };
 
 // The memory of the device tier: frame i starts at `start` + i * `stride_bytes`. The start stays
-// where it is for as long as the cache lives.
+// where it is for as long as the cache lives, and the memory mapped for as long as `owner` is held
+// too (null: it is the caller's).
 struct Arena {
   std::byte* start = nullptr;
   Bytes stride_bytes = 0;
   std::uint32_t frames = 0;
+  std::shared_ptr<const void> owner;
+};
+
+// `[batch, most blocks]`: the device frame of each block of each sequence, -1 where there is none
+// (past the end, or before the window). Good until the cache's next call.
+struct FrameTable {
+  std::uint32_t batch = 0;
+  std::span<const std::int32_t> frames;
+};
+
+// The step that is open: how many rows it has and which layer comes next. No rows: none is.
+struct OpenStep {
+  std::uint32_t rows = 0;
+  std::uint32_t next_layer = 0;
 };
 
 // Counters since construction, and gauges. "decode" counts steps in which every sequence gained one
@@ -80,9 +95,12 @@ struct Stats {
   std::uint32_t ring_frames = 0;  // the ring's size in the plan in force
   std::string policy;
   std::string pool_io;
+  std::string pool_io_reason;  // why not a faster way; empty where there is none
   std::string attention_isa;
 };
 
+// It belongs to the process that made it: in a forked child every call throws LogicError, and the
+// destructor does nothing.
 class TieredCache {
  public:
   // Opens the host backend. Throws ConfigError for options that cannot work, the least device_bytes
@@ -119,10 +137,9 @@ class TieredCache {
   // Appends the layer's K and V and returns all of them contiguously.
   Gathered gather(std::uint32_t layer, const LayerInputs& inputs);
 
-  // Appends the layer's K and V and has all blocks of the layer on the device at once. Returns
-  // `[batch, most blocks]`: the device frame of each block, -1 where there is none (past the end,
-  // or before the window). Good until the next layer or the end of the step.
-  std::span<const std::int32_t> pages(std::uint32_t layer, const LayerInputs& inputs);
+  // Appends the layer's K and V and has all blocks of the layer on the device at once, until the
+  // next layer or the end of the step.
+  FrameTable pages(std::uint32_t layer, const LayerInputs& inputs);
   [[nodiscard]] Arena arena() const;
 
   // Has `kernel` append the layer's K and V and read all of each sequence.
@@ -134,7 +151,7 @@ class TieredCache {
 
   void finish();
   void abort() noexcept;
-  [[nodiscard]] bool in_step() const;
+  [[nodiscard]] OpenStep open_step() const;
 
   // Budgets from now on, between steps, up or down; what is given up goes back to the system.
   // Throws CapacityError, with nothing changed, where what is held does not fit, and IoError, with

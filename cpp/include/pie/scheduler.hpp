@@ -169,8 +169,8 @@ class Scheduler {
   [[nodiscard]] Snapshot snapshot(std::uint32_t device_frames, std::uint32_t pool_frames,
                                   std::vector<BranchView>& views) const;
   void admit(const Snapshot& snapshot, const Plan& plan, std::uint32_t staging_frames);
-  void admit_on_device(const Snapshot& snapshot, const Plan& plan,
-                       std::uint32_t staging_frames) const;
+  void admit_on_device(const Snapshot& snapshot, const Plan& plan, std::uint32_t staging_frames,
+                       const std::string& what) const;
   void apply(const Plan& plan);
   void drop_idle_ring();
   void set_streamed(Branch& branch, std::uint32_t layer, std::uint32_t streamed);

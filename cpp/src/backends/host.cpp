@@ -26,6 +26,7 @@
 #include "pie/backends.hpp"
 #include "pie/error.hpp"
 #include "pool_file.hpp"
+#include "process.hpp"
 #include "segment_io.hpp"
 
 namespace pie {
@@ -45,16 +46,21 @@ constexpr Bytes memory_alignment = 4096;
 // A single wait below never exceeds this, so that no sum of times overflows.
 constexpr Nanos wait_ns_max = Nanos{60} * 1'000'000'000;
 
-// Private memory on huge pages, which may grow in place to `bytes_max`. A page takes memory from
-// the first time it is used; until then it is address space alone. Children of a fork do not get
-// it: transfers may be on their way into it. Or memory of the caller's, which is left as it is.
+// Private memory on huge pages, which may grow in place to `bytes_max`, or, where so much address
+// space is not to be had, not at all. A page takes memory from the first time it is used; until
+// then it is address space alone. Children of a fork do not get it: transfers may be on their way
+// into it. Or memory of the caller's, which is left as it is.
 class Arena {
  public:
   explicit Arena(std::byte* memory) : start_(memory) {}
 
-  Arena(Bytes bytes, Bytes bytes_max) : mapped_(bytes_max + huge_page_bytes) {
-    base_ = ::mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  Arena(Bytes bytes, Bytes bytes_max) : base_(map(bytes_max)) {
+    if (base_ == MAP_FAILED) {
+      bytes_max = bytes;
+      base_ = map(bytes_max);
+    }
     if (base_ == MAP_FAILED) refuse(bytes);
+    mapped_ = bytes_max + huge_page_bytes;
     const auto address = reinterpret_cast<std::uintptr_t>(base_);
     start_ = static_cast<std::byte*>(base_) + (round_up(address, huge_page_bytes) - address);
     ::madvise(base_, mapped_, MADV_HUGEPAGE);
@@ -67,10 +73,14 @@ class Arena {
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
   ~Arena() {
-    if (base_ != nullptr) ::munmap(base_, mapped_);
+    // In a forked child other memory may have come to lie where this did not follow.
+    if (base_ != nullptr && process_.is_this()) ::munmap(base_, mapped_);
   }
 
   [[nodiscard]] std::byte* start() const { return start_; }
+
+  [[nodiscard]] bool is_mapped() const { return base_ != nullptr; }
+  [[nodiscard]] Bytes bytes_max() const { return mapped_ - huge_page_bytes; }
 
   // Makes the first `bytes` usable; false, with errno set, where the system refuses.
   [[nodiscard]] bool open(Bytes bytes) const {
@@ -88,12 +98,20 @@ class Arena {
   }
 
  private:
+  static void* map(Bytes bytes) {
+    return ::mmap(nullptr, bytes + huge_page_bytes, PROT_NONE,
+                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  }
+
   [[noreturn]] static void refuse(Bytes bytes) {
     throw CapacityError("device tier: " + std::to_string(bytes) +
                         " bytes of memory were asked for and cannot be mapped: " +
-                        std::generic_category().message(errno) + ". Ask for fewer device_bytes.");
+                        std::generic_category().message(errno) +
+                        ". Ask for fewer device_bytes, or raise the limit on this process's "
+                        "address space (ulimit -v).");
   }
 
+  Process process_;
   Bytes mapped_ = 0;
   void* base_ = nullptr;  // null where the memory is the caller's
   std::byte* start_ = nullptr;
@@ -131,16 +149,14 @@ struct Pool {
   std::unique_ptr<PoolFile> file;
   std::unique_ptr<SegmentIo> io;
   std::string name = "none";
+  std::string reason;  // why not a faster way
 };
 
 class HostBackend final : public Backend {
  public:
-  HostBackend(Capabilities capabilities, std::byte* memory, Pool pool)
+  HostBackend(Capabilities capabilities, std::shared_ptr<const Arena> arena, Pool pool)
       : capabilities_(std::move(capabilities)),
-        arena_(memory != nullptr
-                   ? Arena(memory)
-                   : Arena(capabilities_.device_frames * capabilities_.frame_stride,
-                           capabilities_.device_frames_max * capabilities_.frame_stride)),
+        arena_(std::move(arena)),
         device_frames_(capabilities_.device_frames),
         file_(std::move(pool.file)),
         io_(std::move(pool.io)) {}
@@ -152,8 +168,8 @@ class HostBackend final : public Backend {
     const Bytes stride = capabilities_.frame_stride;
     const std::uint32_t asked = std::min(frames, capabilities_.device_frames_max);
     require(!is_in_flight(asked, no_frame), "resize_device: a copy uses a frame to give up");
-    if (asked < device_frames_) arena_.give_back(asked * stride, device_frames_ * stride);
-    if (asked <= device_frames_ || arena_.open(asked * stride)) device_frames_ = asked;
+    if (asked < device_frames_) arena_->give_back(asked * stride, device_frames_ * stride);
+    if (asked <= device_frames_ || arena_->open(asked * stride)) device_frames_ = asked;
     return device_frames_;
   }
 
@@ -200,7 +216,11 @@ class HostBackend final : public Backend {
 
   [[nodiscard]] std::byte* address(FrameIndex device_frame) const override {
     require(device_frame < device_frames_, "address: no such device frame");
-    return arena_.start() + device_frame * capabilities_.frame_stride;
+    return arena_->start() + device_frame * capabilities_.frame_stride;
+  }
+
+  [[nodiscard]] std::shared_ptr<const void> memory() const override {
+    return arena_->is_mapped() ? arena_ : nullptr;
   }
 
   [[nodiscard]] Health health() const override {
@@ -244,7 +264,7 @@ class HostBackend final : public Backend {
   void complete(Ticket ticket, const Batch& batch);
 
   const Capabilities capabilities_;
-  Arena arena_;
+  std::shared_ptr<const Arena> arena_;
   std::uint32_t device_frames_;  // usable now
   std::unique_ptr<PoolFile> file_;
   std::unique_ptr<SegmentIo> io_;  // goes first: it waits for transfers in the arena and the file
@@ -386,7 +406,7 @@ void HostBackend::start_segments(Ticket ticket, Batch& batch) {
       batch.began = clock_ns();
       if (ticket.lane == Lane::device_to_pool) note_checksums(batch);
     }
-    io_->start({ticket.lane, arena_.start() + copy.device_first * stride + batch.copy_done,
+    io_->start({ticket.lane, arena_->start() + copy.device_first * stride + batch.copy_done,
                 copy.pool_first * stride + batch.copy_done, bytes, ticket.id});
     ++batch.in_flight;
     ++lane.in_flight;
@@ -449,10 +469,11 @@ Pool open_pool(const HostOptions& options) {
                                          options.frame_bytes);
   const int descriptor = file->descriptor();
   const Bytes alignment = file->alignment();
-  std::string why = "files in '" + file->dir() + "' cannot be read and written directly";
+  std::string why = "files in '" + file->dir() +
+                    "' cannot be read and written directly: name a pool_dir on a local disk";
   if (file->direct() && (any || wanted == "direct-uring")) {
     auto io = open_uring_io(descriptor, alignment, why);
-    if (io != nullptr) return {std::move(file), std::move(io), "direct-uring"};
+    if (io != nullptr) return {std::move(file), std::move(io), "direct-uring", ""};
   }
   if (wanted == "direct-uring" || (wanted == "direct-threads" && !file->direct())) {
     throw ConfigError("pool_io '" + wanted + "' does not work here: " + why +
@@ -460,7 +481,27 @@ Pool open_pool(const HostOptions& options) {
   }
   auto io = open_thread_io(descriptor, alignment, !file->direct());
   const char* name = file->direct() ? "direct-threads" : "buffered-threads";
-  return {std::move(file), std::move(io), name};
+  return {std::move(file), std::move(io), name, any ? why : ""};
+}
+
+// The caller's memory, which cannot grow, or memory that may as far as the machine has any; says in
+// `capabilities` how far it can.
+std::shared_ptr<const Arena> make_arena(std::byte* memory, Capabilities& capabilities) {
+  const Bytes stride = capabilities.frame_stride;
+  capabilities.device_frames_max = capabilities.device_frames;
+  if (memory != nullptr) {
+    if (reinterpret_cast<std::uintptr_t>(memory) % memory_alignment == 0) {
+      return std::make_shared<Arena>(memory);
+    }
+    throw ConfigError("device_memory is not aligned to " + std::to_string(memory_alignment) +
+                      " bytes, which direct I/O into it asks for. Allocate it so.");
+  }
+  const auto machine =
+      static_cast<Bytes>(::sysconf(_SC_PHYS_PAGES)) * static_cast<Bytes>(::sysconf(_SC_PAGESIZE));
+  const Bytes most = std::clamp<Bytes>(machine / stride, capabilities.device_frames, no_frame - 1);
+  auto arena = std::make_shared<Arena>(capabilities.device_frames * stride, most * stride);
+  capabilities.device_frames_max = static_cast<std::uint32_t>(arena->bytes_max() / stride);
+  return arena;
 }
 
 // As many frames as fit, of which there is at least one.
@@ -486,26 +527,23 @@ std::unique_ptr<Backend> open_host(const HostOptions& options) {
   capabilities.frame_stride = round_up(options.frame_bytes, alignment);
   capabilities.device_frames =
       frames_in(options.device_bytes, capabilities.frame_stride, "device_bytes");
-  // What the machine has is as far as the arena can ever grow, unless it is the caller's.
-  const auto memory =
-      static_cast<Bytes>(::sysconf(_SC_PHYS_PAGES)) * static_cast<Bytes>(::sysconf(_SC_PAGESIZE));
-  capabilities.device_frames_max = static_cast<std::uint32_t>(std::clamp<Bytes>(
-      memory / capabilities.frame_stride, capabilities.device_frames, no_frame - 1));
   if (pool.file != nullptr) {
     capabilities.pool_frames =
         frames_in(options.pool_bytes, capabilities.frame_stride, "pool_bytes");
   }
-  if (options.device_memory != nullptr) {
-    capabilities.device_frames_max = capabilities.device_frames;
-    if (reinterpret_cast<std::uintptr_t>(options.device_memory) % memory_alignment != 0) {
-      throw ConfigError("device_memory is not aligned to " + std::to_string(memory_alignment) +
-                        " bytes, which direct I/O into it asks for. Allocate it so.");
-    }
-  }
+  const std::shared_ptr<const Arena> arena = make_arena(options.device_memory, capabilities);
   capabilities.copy_bytes_best = segment_bytes;
   capabilities.pool_io = pool.name;
-  return std::make_unique<HostBackend>(std::move(capabilities), options.device_memory,
-                                       std::move(pool));
+  capabilities.pool_io_reason = pool.reason;
+  return std::make_unique<HostBackend>(std::move(capabilities), arena, std::move(pool));
+}
+
+PoolWay try_pool(const std::string& dir) {
+  HostOptions options;
+  options.frame_bytes = huge_page_bytes;
+  options.pool_dir = dir;
+  const Pool pool = open_pool(options);
+  return {pool.name, pool.reason};
 }
 
 Bytes host_frame_stride(const HostOptions& options) {

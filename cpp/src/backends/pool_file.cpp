@@ -51,6 +51,21 @@ bool is_writable(const std::string& path) { return ::access(path.c_str(), W_OK |
   throw ConfigError("pool_dir '" + path + "' cannot hold the pool file: " + because);
 }
 
+// What to do about an error from making a file.
+std::string remedy_of(int error) {
+  switch (error) {
+    case ENOSPC:
+      return "Free space or inodes on its disk, or name another.";
+    case EMFILE:
+    case ENFILE:
+      return "Close files, or raise the limit on open ones (ulimit -n).";
+    case EDQUOT:
+      return "Free some of this user's quota, or name another.";
+    default:
+      return "Make it writable for this user or name another.";
+  }
+}
+
 void check_dir(const std::string& path, bool memory_allowed) {
   if (::access(path.c_str(), F_OK) != 0) {
     refuse_dir(path, describe(errno) + ". Make the directory or name another.");
@@ -62,7 +77,7 @@ void check_dir(const std::string& path, bool memory_allowed) {
                    std::string(memory_prefix) + path + "' to take memory on purpose.");
   }
   if (!is_writable(path)) {
-    refuse_dir(path, describe(errno) + ". Make it writable for this user or name another.");
+    refuse_dir(path, describe(errno) + ". " + remedy_of(errno));
   }
 }
 
@@ -73,9 +88,7 @@ int make_file(const std::string& path) {
   if (nameless >= 0) return nameless;
   std::string name = path + "/pie-pool-XXXXXX";
   const int named = ::mkostemp(name.data(), O_CLOEXEC);
-  if (named < 0) {
-    refuse_dir(path, describe(errno) + " when making a file. Free an inode or name another.");
-  }
+  if (named < 0) refuse_dir(path, describe(errno) + " when making a file. " + remedy_of(errno));
   ::unlink(name.c_str());
   return named;
 }

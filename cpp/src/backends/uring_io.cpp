@@ -172,13 +172,30 @@ class UringIo final : public SegmentIo {
   std::vector<SegmentEnd> ended_;
 };
 
+// What to do about an error from setting the ring up.
+const char* remedy_of(int error) {
+  switch (error) {
+    case EPERM:
+    case EACCES:
+      return "A container's seccomp profile or kernel.io_uring_disabled forbids it: allow "
+             "io_uring_setup and io_uring_enter";
+    case ENOSYS:
+      return "This kernel is too old for it: use Linux 5.11 or newer";
+    case ENOMEM:
+      return "Raise the limit on locked memory (ulimit -l)";
+    default:
+      return "Close other rings or files of this process";
+  }
+}
+
 }  // namespace
 
 std::unique_ptr<SegmentIo> open_uring_io(int file, Bytes alignment, std::string& why) {
   auto io = std::make_unique<UringIo>(file, alignment);
   const int error = io->open();
   if (error == 0) return io;
-  why = "io_uring cannot be set up: " + std::generic_category().message(error);
+  why = "io_uring cannot be set up: " + std::generic_category().message(error) + ". " +
+        remedy_of(error);
   return nullptr;
 }
 
@@ -189,7 +206,7 @@ std::unique_ptr<SegmentIo> open_uring_io(int file, Bytes alignment, std::string&
 namespace pie {
 
 std::unique_ptr<SegmentIo> open_uring_io(int /*file*/, Bytes /*alignment*/, std::string& why) {
-  why = "this build has no io_uring, since liburing was not there when it was made";
+  why = "this build has no io_uring: install liburing's headers and build again";
   return nullptr;
 }
 
