@@ -17,6 +17,7 @@ import torch
 
 from pie import _core
 from pie.cache import roomy_bytes
+from pie.hf.generation import cache_argument
 
 WARM_UP = 5  # pairs
 
@@ -40,7 +41,7 @@ class Side:
         self.model.set_attn_implementation(self.attention)
         ids = torch.full((batch, 1), token)
         began = time.perf_counter()
-        self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.model(ids, **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=1)
         self.seconds.append(time.perf_counter() - began)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pie.cache import kv_bytes
+from pie.hf.generation import cache_argument
 from pie.sizes import format_size
 
 BATCH_SHARES = (1.0, 0.7, 0.4, 0.15)  # lengths of the batch's prompts, of the longest
@@ -34,7 +35,11 @@ def left_padded(prompts: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
 
 def generate(model: Any, inputs: dict[str, torch.Tensor], new: int, cache: Any) -> torch.Tensor:
     output: torch.Tensor = model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=new, min_new_tokens=new, do_sample=False
+        **inputs,
+        **cache_argument(model, cache),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
     )
     return output[:, inputs["input_ids"].shape[1] :]
 

@@ -24,9 +24,8 @@ def main() -> None:
         model.set_attn_implementation(attention)
         options = {"device_bytes": "8MiB", "pool_bytes": "1GiB"}
         with pie.hf.TieredCache(model.config, model.dtype, **options) as cache:
-            output = model.generate(
-                **inputs, past_key_values=cache, max_new_tokens=24, do_sample=False
-            )
+            # Before transformers 5.24 the argument is called `past_key_values`.
+            output = model.generate(**inputs, cache=cache, max_new_tokens=24, do_sample=False)
             print(f"--- attn_implementation={attention!r}: {cache.stats().kv_bytes} bytes of KV")
         for text in tokenizer.batch_decode(output, skip_special_tokens=True):
             print(text)

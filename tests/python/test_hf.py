@@ -1,7 +1,10 @@
 """The transformers integration on small random models: tokens, padding, refusals, loading."""
 
 import copy
+import random
 import shutil
+import signal
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,12 +19,14 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     LlamaConfig,
+    StaticCache,
     masking_utils,
 )
 
 import pie
-from pie.hf import TieredCache, loading
+from pie.hf import TieredCache, generation, loading
 from pie.hf import attention as attention_of_pie
+from pie.hf.generation import cache_argument
 
 ATTENTIONS = ["pie", "sdpa", "eager"]
 SHAPE = {
@@ -60,7 +65,7 @@ def batch(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
 
 def greedy(model, inputs, new=24, cache=None, **options) -> torch.Tensor:
     options = {"max_new_tokens": new, "do_sample": False, **options}
-    return model.generate(**inputs, past_key_values=cache, **options)
+    return model.generate(**inputs, **cache_argument(model, cache), **options)
 
 
 # Tokens.
@@ -163,7 +168,7 @@ def test_half_precision_is_as_near_as_transformers(dtype: torch.dtype) -> None:
     theirs = float((model(**inputs).logits - wanted).norm().detach())
     model.set_attn_implementation("pie")
     with TieredCache(model.config, dtype, **ROOMY) as cache, torch.no_grad():
-        ours = float((model(**inputs, past_key_values=cache).logits - wanted).norm())
+        ours = float((model(**inputs, **cache_argument(model, cache)).logits - wanted).norm())
     assert ours <= 1.5 * theirs
 
 
@@ -241,7 +246,7 @@ def test_unknown_arguments_of_the_attention(model, argument: str, value: object)
     model.set_attn_implementation("pie")
     with TieredCache(model.config, "f32", **ROOMY) as cache:
         with pytest.raises(pie.ConfigError, match=f"LlamaAttention asks .*{argument}="):
-            model(**batch([5]), past_key_values=cache, **{argument: value})
+            model(**batch([5]), **cache_argument(model, cache), **{argument: value})
         assert cache.get_seq_length() == 0
 
 
@@ -252,34 +257,59 @@ def test_dropout_is_refused(model) -> None:
     model.train()
     cache = TieredCache(model.config, "f32", **ROOMY)
     with cache, torch.no_grad(), pytest.raises(pie.ConfigError, match=r"dropout=0.5"):
-        model(**batch([5]), past_key_values=cache)
+        model(**batch([5]), **cache_argument(model, cache))
 
 
 def test_model_whose_attention_is_its_own() -> None:
     model = build("bloom", "pie", n_head=4)
     cache = TieredCache(model.config, "f32", **ROOMY)
     with cache, pytest.raises(pie.ConfigError, match="computes with K or V itself"):
-        model(batch([5])["input_ids"], past_key_values=cache)
+        model(batch([5])["input_ids"], **cache_argument(model, cache))
     with pytest.raises(pie.ConfigError, match=r"BloomForCausalLM .*does not go through"):
         loading.probe(model)
 
 
 def test_cache_made_for_another_attention(model) -> None:
+    inputs = batch([25, 9])
+    expected = greedy(model, inputs, 5)
     with TieredCache(model.config, "f32", **ROOMY) as gathering:
-        model.set_attn_implementation("pie")
-        with pytest.raises(pie.LogicError, match="made for it"):
-            greedy(model, batch([5]), 1, gathering)
+        model.set_attn_implementation("pie")  # attends to what a gathering cache copies together
+        assert torch.equal(greedy(model, inputs, 5, gathering), expected)
         with TieredCache(model.config, "f32", **ROOMY) as in_place:
             model.set_attn_implementation("sdpa")
             with pytest.raises(pie.ConfigError, match="computes with K or V itself"):
                 greedy(model, batch([5]), 1, in_place)
 
 
-def test_pie_without_its_cache(model) -> None:
-    model.set_attn_implementation("pie")
-    for cache in (None, DynamicCache(config=model.config)):
-        with pytest.raises(pie.LogicError, match=r"past_key_values=pie.hf.TieredCache"):
-            model(**batch([5]), past_key_values=cache)
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_pie_without_its_cache_attends_as_sdpa(kind: str) -> None:
+    model = build(kind, sliding_window=8, num_key_value_heads=2)
+    inputs = batch([30, 11])
+    ids = inputs["input_ids"]
+    found = {}
+    for attention in ("sdpa", "pie"):
+        model.set_attn_implementation(attention)
+        kept = DynamicCache(config=model.config)
+        fixed = StaticCache(config=model.config, max_cache_len=64)
+        with torch.no_grad():
+            scored = model(**inputs, labels=ids).loss
+            in_chunks = [
+                model(part, **cache_argument(model, kept)).logits for part in ids.split(12, 1)
+            ]
+            static = model(**inputs, **cache_argument(model, fixed)).logits
+        model(**inputs, labels=ids).loss.backward()  # it can be trained too
+        weight = model.model.layers[0].self_attn.q_proj.weight
+        found[attention] = [scored, *in_chunks, static, greedy(model, inputs, 9), weight.grad]
+        weight.grad = None
+    for plain, ours in zip(found["sdpa"], found["pie"], strict=True):
+        assert torch.equal(plain, ours)
+
+
+def test_pie_without_its_cache_refuses_what_sdpa_lacks() -> None:
+    for kind, what in (("gemma2", "softcap"), ("gpt_oss", "s_aux")):
+        model = windowed(kind, "pie")
+        with pytest.raises(pie.LogicError, match=what):
+            model(**batch([5]))
 
 
 @pytest.mark.parametrize(
@@ -296,10 +326,10 @@ def test_masks_beyond_left_padding(model, mask: list[list[int]], message: str) -
     ids = batch([5])["input_ids"]
     with TieredCache(model.config, "f32", **ROOMY) as cache:
         with pytest.raises(pie.ConfigError, match=message):
-            model(ids, attention_mask=torch.tensor(mask), past_key_values=cache)
+            model(ids, attention_mask=torch.tensor(mask), **cache_argument(model, cache))
         four = torch.zeros(1, 1, 5, 5)
         with pytest.raises(pie.ConfigError, match=r"\[1, 1, 5, 5\]"):
-            model(ids, attention_mask=four, past_key_values=cache)
+            model(ids, attention_mask=four, **cache_argument(model, cache))
         assert cache.get_seq_length() == 0
 
 
@@ -308,13 +338,13 @@ def test_mask_must_stay_the_same(model) -> None:
     inputs = batch([9, 6])
     token = torch.tensor([[5], [6]])
     with TieredCache(model.config, "f32", **ROOMY) as cache, torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **cache_argument(model, cache))
         with pytest.raises(pie.LogicError, match="pass their attention_mask"):
-            model(token, past_key_values=cache)
+            model(token, **cache_argument(model, cache))
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1)], 1)
         mask[1, 3] = 0
         with pytest.raises(pie.ConfigError, match="hides 4 tokens of a row of which 3"):
-            model(token, attention_mask=mask, past_key_values=cache)
+            model(token, attention_mask=mask, **cache_argument(model, cache))
         assert cache.get_seq_length() == 9
 
 
@@ -322,9 +352,9 @@ def test_another_batch_size_needs_reset(model) -> None:
     for attention in ATTENTIONS:
         model.set_attn_implementation(attention)
         with TieredCache(model.config, "f32", **ROOMY) as cache, torch.no_grad():
-            model(**batch([4, 4]), past_key_values=cache)
+            model(**batch([4, 4]), **cache_argument(model, cache))
             with pytest.raises(pie.LogicError, match=r"batch of 3 .* holds one of 2"):
-                model(torch.tensor([[1], [1], [1]]), past_key_values=cache)
+                model(torch.tensor([[1], [1], [1]]), **cache_argument(model, cache))
 
 
 # Beams and other selections of rows.
@@ -356,10 +386,10 @@ def test_rows_are_repeated_and_selected(model, attention: str) -> None:
         for kind, used in (("sdpa", plain), (attention, cache)):
             model.set_attn_implementation(kind)
             used.batch_repeat_interleave(repeats)  # of nothing: nothing
-            model(**inputs, past_key_values=used)
+            model(**inputs, **cache_argument(model, used))
             used.batch_repeat_interleave(repeats)
             used.batch_select_indices(rows)
-            logits.append(model(token, attention_mask=mask, past_key_values=used).logits)
+            logits.append(model(token, attention_mask=mask, **cache_argument(model, used)).logits)
         torch.testing.assert_close(logits[1], logits[0])
         cache.batch_select_indices(torch.tensor([False, True, False]))
         assert cache.batch_size == cache.stats().sequences == 1
@@ -441,7 +471,8 @@ def test_probe_sees_a_window_that_is_longer_than_it(monkeypatch: pytest.MonkeyPa
 def test_masks_that_are_not_the_windows() -> None:
     window = masking_utils.sliding_window_causal_mask_function
     overlay = masking_utils.sliding_window_overlay(8)
-    assert attention_of_pie.mask(kv_length=4, mask_function=window(8), local_size=8) is None
+    four = attention_of_pie.TieredLength(4)
+    assert attention_of_pie.mask(kv_length=four, mask_function=window(8), local_size=8) is None
     for function, size in (
         (window(9), 8),
         (window(8), None),
@@ -451,7 +482,7 @@ def test_masks_that_are_not_the_windows() -> None:
         (masking_utils.sliding_window_bidirectional_mask_function(8), 8),
     ):
         with pytest.raises(pie.ConfigError, match="not plainly causal"):
-            attention_of_pie.mask(kv_length=4, mask_function=function, local_size=size)
+            attention_of_pie.mask(kv_length=four, mask_function=function, local_size=size)
 
 
 def test_windows_limit_crop() -> None:
@@ -466,13 +497,37 @@ def test_windows_limit_crop() -> None:
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_tokens_beyond_the_context(attention: str) -> None:
-    model = build(attention=attention, max_position_embeddings=30)
-    with TieredCache(model.config, model.dtype, **ROOMY) as cache:
+def test_tokens_beyond_a_table_of_positions(attention: str) -> None:
+    model = build("gpt2", attention, n_positions=30)
+    with TieredCache(model.config, model.dtype, **ROOMY) as cache, torch.no_grad():
         assert greedy(model, batch([20]), 11, cache).shape[1] == 31  # the last is not stored
-        with pytest.raises(pie.ConfigError, match=r"31 tokens.*max_position_embeddings\) is 30"):
-            model(torch.tensor([[5]]), past_key_values=cache)
+        model.transformer.wpe = torch.nn.Embedding(40, 64)  # or the model fails before its layers
+        with pytest.raises(pie.ConfigError, match=r"31 tokens.*max_position_embeddings\) for 30"):
+            model(torch.tensor([[5]]), **cache_argument(model, cache))
         assert cache.get_seq_length() == 30
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [({}, 30), (YARN, 120), ({**YARN, "original_max_position_embeddings": 20}, 80)],
+)
+def test_tokens_beyond_the_context_are_computed_and_said_once(rope: dict, context: int) -> None:
+    changes = {"rope_parameters": rope} if rope else {}
+    model = build("llama", "pie", max_position_embeddings=30, **changes)
+    inputs = batch([context - 1])
+    with TieredCache(model.config, model.dtype, **ROOMY) as cache, torch.no_grad():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = greedy(model, inputs, 2, cache)  # the last is not stored
+        with pytest.warns(RuntimeWarning, match=f"more than the {context} that") as said:
+            greedy(model, {"input_ids": found}, 4, cache)
+        assert len([w for w in said if "was made for" in str(w.message)]) == 1
+        cache.crop(context)
+    model.set_attn_implementation("eager")
+    assert torch.equal(found, greedy(model, inputs, 2))
 
 
 def test_compiled_model_is_refused() -> None:
@@ -480,8 +535,8 @@ def test_compiled_model_is_refused() -> None:
     compiled = torch.compile(model, backend="eager")
     with TieredCache(model.config, model.dtype, **ROOMY) as cache, torch.no_grad():
         with pytest.raises(Exception, match=r"torch.compile does not reach through"):
-            compiled(**batch([20]), past_key_values=cache)
-        model(**batch([20]), past_key_values=cache)
+            compiled(**batch([20]), **cache_argument(model, cache))
+        model(**batch([20]), **cache_argument(model, cache))
         assert cache.get_seq_length() == 20
 
 
@@ -494,18 +549,130 @@ def test_interrupted_forward_is_taken_back(model, attention: str) -> None:
     inputs = batch([20])
     token = torch.tensor([[7]])
     with TieredCache(model.config, "f32", **ROOMY) as cache, torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **cache_argument(model, cache))
         hook = model.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            model(token, past_key_values=cache)
+            model(token, **cache_argument(model, cache))
         hook.remove()
         assert cache.get_seq_length() == 20
-        found = model(token, past_key_values=cache).logits
+        found = model(token, **cache_argument(model, cache)).logits
         plain = DynamicCache(config=model.config)
         model.set_attn_implementation("eager")
-        model(**inputs, past_key_values=plain)
-        torch.testing.assert_close(found, model(token, past_key_values=plain).logits)
+        model(**inputs, **cache_argument(model, plain))
+        torch.testing.assert_close(found, model(token, **cache_argument(model, plain)).logits)
         cache.check()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_an_error_in_the_first_layer_is_taken_back(model, attention: str) -> None:
+    model.set_attn_implementation(attention)
+    inputs = batch([20])
+    with TieredCache(model.config, "f32", **ROOMY) as cache:
+        for _ in range(3):  # and the same error again is no missing layer
+            with pytest.raises(pie.LogicError, match="requires grad"):
+                model(**inputs, **cache_argument(model, cache))
+        assert cache.stats().sequences == 0
+        cache.reset()
+        found = greedy(model, inputs, 4, cache)
+    model.set_attn_implementation("eager")
+    assert torch.equal(found, greedy(model, inputs, 4))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_two_failures_at_one_layer_are_no_missing_layers(model, attention: str) -> None:
+    model.set_attn_implementation(attention)
+    inputs = batch([20])
+    expected = greedy(model, inputs, 4)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with TieredCache(model.config, "f32", **ROOMY) as cache:
+        hook = model.model.layers[1].mlp.register_forward_hook(interrupt)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                greedy(model, inputs, 4, cache)
+        hook.remove()
+        cache.reset()
+        assert torch.equal(greedy(model, inputs, 4, cache), expected)
+        cache.check()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_refused_batch_changes_nothing(model, attention: str) -> None:
+    model.set_attn_implementation(attention)
+    small = {"device_bytes": "128KiB", "pool_bytes": None, "block_tokens": 16}
+    with TieredCache(model.config, "f32", **small) as cache:
+        with pytest.raises(pie.CapacityError):
+            greedy(model, batch([90] * 8), 2, cache)
+        assert cache.batch_size == -1
+        assert cache.stats().sequences == 0
+        cache.batch_select_indices(torch.tensor([0]))
+        inputs = batch([30, 12])
+        found = greedy(model, inputs, 4, cache)
+        assert cache.batch_size == 2
+        with pytest.raises(pie.LogicError, match="Rows"):
+            cache.batch_select_indices(torch.tensor([0, 7]))
+        assert cache.batch_size == 2
+        cache.batch_select_indices(torch.tensor([1]))
+        assert cache.batch_size == 1
+        cache.check()
+    model.set_attn_implementation("eager")
+    assert torch.equal(found, greedy(model, inputs, 4))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_interrupts_leave_the_cache_as_it_was(model, attention: str) -> None:
+    model.set_attn_implementation(attention)
+    inputs, choose, interrupts = batch([20, 9]), random.Random(0), 0
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    with TieredCache(model.config, "f32", **TIGHT) as cache, torch.no_grad():
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        while ids.shape[1] < 60:
+            new = ids[:, cache.get_seq_length() :]
+            try:
+                signal.setitimer(signal.ITIMER_REAL, choose.uniform(1e-4, 6e-3))
+                out = model(new, attention_mask=mask, **cache_argument(model, cache)).logits
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupts += 1
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                if cache.get_seq_length() < ids.shape[1]:
+                    continue
+                # It came after the end of the step: the tokens are stored, their logits are lost.
+                cache.crop(-1)
+                continue
+            ids = torch.cat([ids, out[:, -1:].argmax(-1)], 1)
+            mask = torch.cat([mask, torch.ones((2, 1), dtype=torch.long)], 1)
+        cache.check()
+    signal.signal(signal.SIGALRM, handler)
+    assert interrupts > 5
+    model.set_attn_implementation("eager")
+    assert torch.equal(ids, greedy(model, inputs, 40))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_guidance_is_served(model, attention: str) -> None:
+    """transformers keeps the unguided branch in a plain cache of its own."""
+    inputs = batch([20])
+    expected = greedy(model, inputs, 12, guidance_scale=1.7)
+    assert not torch.equal(expected, greedy(model, inputs, 12))
+    model.set_attn_implementation(attention)
+    with TieredCache(model.config, model.dtype, **ROOMY) as cache:
+        assert torch.equal(greedy(model, inputs, 12, cache, guidance_scale=1.7), expected)
+
+
+def test_implicit_default_device_is_not_used(model) -> None:
+    model.set_attn_implementation("pie")
+    inputs = batch([20, 9])
+    expected = greedy(model, inputs, 2)
+    with TieredCache(model.config, model.dtype, **ROOMY) as cache, torch.device("meta"):
+        padded = greedy(model, inputs, 2, cache)  # rows are picked by their index
+        cache.reset()
+        prompt = inputs["input_ids"][0].tolist()
+        tokens = list(generation.stream(model, prompt, cache, 2))
+    assert torch.equal(padded, expected)
+    assert tokens == expected[0, 20:].tolist()
 
 
 def test_model_that_leaves_layers_out(model) -> None:

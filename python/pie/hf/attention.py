@@ -3,7 +3,8 @@
 A cache in this mode does not hand K and V to the model: `TieredCache.update()` returns the new ones
 wrapped in `PendingKV`, which remembers its cache and layer and refuses to be computed with. Only
 `attention` below unwraps it, so a model whose attention goes elsewhere meets a sentence, never
-wrong tokens.
+wrong tokens. Where a model runs without such a cache (to score a text, or in code that brings a
+cache of its own), masks and attention are those of "sdpa".
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     AttentionMaskInterface,
     causal_mask_function,
+    sdpa_mask,
     sliding_window_causal_mask_function,
 )
 
@@ -42,6 +45,10 @@ _NEUTRAL = {"is_causal": True, "output_attentions": False}
 _PROPERTIES = ("shape", "ndim", "dtype", "device")
 _READABLE = {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES}
 _READABLE |= {torch.Tensor.size, torch.Tensor.dim}
+
+
+class TieredLength(int):
+    """The length of K and V that a TieredCache tells, by which `mask` knows whom it is for."""
 
 
 class PendingKV(torch.Tensor):
@@ -91,10 +98,18 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Appends the pending K and V and attends; returns `[batch, tokens, heads, head_dim]`."""
     if not isinstance(key, PendingKV) or not isinstance(value, PendingKV):
-        raise LogicError(
-            "attn_implementation='pie' attends to a pie.hf.TieredCache made for it: pass "
-            "past_key_values=pie.hf.TieredCache(model.config, ...) with the config that says 'pie'."
+        beyond = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+        if beyond:
+            raise LogicError(
+                "Without a pie.hf.TieredCache 'pie' attends as 'sdpa' does, which knows no "
+                f"{beyond[0]}, and {type(module).__name__} asks for it: pass a TieredCache made "
+                "with the config that says 'pie', or load the model with 'eager'."
+            )
+        inputs = (module, query, key, value, attention_mask)
+        plain: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            *inputs, dropout=dropout, scaling=scaling, **kwargs
         )
+        return plain
     if dropout:
         raise _refusal(module, "dropout", dropout)
     cache, soft_cap, sinks = key.cache, 0.0, None
@@ -125,7 +140,7 @@ def _refusal(module: torch.nn.Module, name: str, argument: object) -> ConfigErro
 
 
 def mask(
-    *args: Any,
+    *,
     kv_length: int,
     mask_function: Any = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
@@ -135,8 +150,17 @@ def mask(
     """The mask that models get for "pie": the 2-D padding mask, None where it hides nothing.
 
     Causality and a layer's window need no mask. Any other pattern (chunks, packed sequences,
-    images) is refused.
+    images) is refused. Without a TieredCache it is the mask of "sdpa".
     """
+    if not isinstance(kv_length, TieredLength):
+        plain: torch.Tensor | None = sdpa_mask(
+            kv_length=kv_length,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            **kwargs,
+        )
+        return plain
     wanted = sliding_window_causal_mask_function(local_size) if local_size else causal_mask_function
     if not _same(mask_function, wanted):
         raise ConfigError(

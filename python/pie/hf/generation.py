@@ -46,13 +46,13 @@ def stream(
     """
     ends = end_tokens(model)
     choose = _chooser(sampling or Sampling())
-    options = {"past_key_values": cache, "use_cache": True}
+    options: dict[str, Any] = {**cache_argument(model, cache), "use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
     with torch.inference_mode():
         for begin in range(0, len(prompt), CHUNK_TOKENS):
             chunk = list(prompt[begin : begin + CHUNK_TOKENS])
-            logits = model(torch.tensor([chunk]), **options).logits
+            logits = model(torch.tensor([chunk], device=model.device), **options).logits
             if on_prompt is not None:
                 on_prompt(begin + len(chunk))
         for count in range(1, max_new_tokens + 1):
@@ -60,7 +60,13 @@ def stream(
             yield token
             if token in ends or count == max_new_tokens:
                 return
-            logits = model(torch.tensor([[token]]), **options).logits
+            logits = model(torch.tensor([[token]], device=model.device), **options).logits
+
+
+def cache_argument(model: Any, cache: TieredCache) -> dict[str, TieredCache]:
+    """`cache` by the name that this version of the model's `forward` and `generate` takes it."""
+    named = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in named else "past_key_values": cache}
 
 
 def end_tokens(model: Any) -> frozenset[int]:
@@ -74,7 +80,7 @@ def end_tokens(model: Any) -> frozenset[int]:
 def _chooser(sampling: Sampling) -> Callable[[torch.Tensor], int]:
     if sampling.temperature == 0:
         return lambda logits: int(logits.argmax())
-    generator = torch.Generator().manual_seed(sampling.seed)
+    generator = torch.Generator("cpu").manual_seed(sampling.seed)
 
     def choose(logits: torch.Tensor) -> int:
         likely, tokens = (logits / sampling.temperature).softmax(0).sort(descending=True)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from pie._core import ConfigError, LogicError
 from pie.cache import dtype_name, roomy_bytes, torch_dtype
 from pie.hf.cache import TieredCache, geometry, windows
+from pie.hf.generation import cache_argument
 
 # Largest relative difference of the logits that rounding explains.
 _PROBE_LIMIT = {"f32": 1e-3, "f16": 1e-2, "bf16": 5e-2}
@@ -142,8 +143,9 @@ def _short_window(model: Any) -> Iterator[None]:
 def _probe_inputs(model: Any) -> dict[str, torch.Tensor]:
     tokens = sum(_PROBE_CHUNKS)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    ids = (torch.arange(2 * tokens) * 7919 + 101) % vocabulary
-    mask = torch.ones((2, tokens), dtype=torch.long)
+    place: dict[str, Any] = {"dtype": torch.long, "device": model.device}
+    ids = (torch.arange(2 * tokens, **place) * 7919 + 101) % vocabulary
+    mask = torch.ones((2, tokens), **place)
     mask[1, :_PROBE_PADDING] = 0
     inputs = {"input_ids": ids.view(2, tokens), "attention_mask": mask}
     if "position_ids" in inspect.signature(model.forward).parameters:
@@ -157,12 +159,12 @@ def _probe_in_chunks(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tenso
     budget = roomy_bytes(*geometry(model.config), model.dtype, [tokens, tokens])
     options: dict[str, Any] = {"device_bytes": budget, "pool_bytes": None, "policy": "off"}
     with TieredCache(model.config, model.dtype, **options) as cache, torch.no_grad():
-        end, logits = 0, torch.empty(0)
+        end, logits = 0, inputs["input_ids"]
         for chunk in _PROBE_CHUNKS:
             begin, end = end, end + chunk
             part = {key: value[:, begin:end] for key, value in inputs.items()}
             part["attention_mask"] = inputs["attention_mask"][:, :end]
-            logits = model(**part, past_key_values=cache, use_cache=True).logits
+            logits = model(**part, **cache_argument(model, cache), use_cache=True).logits
             if cache.get_seq_length() != end:
                 raise ConfigError("not every layer's attention used the cache.")
     return logits
