@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pie import _core, info
+from pie import _core, info, memory
 from pie._core import ConfigError, LogicError
 from pie.sizes import format_size, parse_size
 
@@ -97,13 +97,18 @@ def _generate(options: argparse.Namespace) -> int:
         options.kv_pool = None if pool == "0" else parse_size(pool, "--kv-pool")
     if options.policy is not None:
         _core.check_policy(options.policy)
+    if options.pool_dir is not None:
+        _core.try_pool(options.pool_dir)
     prompt = _prompt(options)
     os.environ.setdefault("TQDM_DISABLE", "1")  # the loaders' bars; must be set before the import
     try:
         from pie.cache import dtype_name
         from pie.hf import generation, load
     except ImportError as error:
-        raise ImportError(f"{error}: install it with `pip install 'pie-core[hf]'`.") from error
+        raise ImportError(
+            f"{error}: install it with `pip install '.[hf]'` in Pie's checkout (pie-core on the "
+            "public package index is another project)."
+        ) from error
     sampling = generation.Sampling(options.temperature, options.top_p, options.seed)
     dtype = dtype_name(options.dtype)
     _note(options, f"loading {options.model}")
@@ -119,19 +124,26 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _check_context(config: Any, prompt_tokens: int, new_tokens: int) -> None:
-    from pie.hf.cache import context
+    from pie.hf.cache import positions
 
     if prompt_tokens == 0:
         raise ConfigError("The prompt is empty: give at least one token of text.")
-    limit = context(config)
+    limit = positions(config)
     if limit is not None and prompt_tokens + new_tokens - 1 > limit:  # the last is not stored
         raise ConfigError(
             f"A prompt of {prompt_tokens} tokens and {new_tokens} new ones are more than the "
-            f"model's context of {limit}: shorten it, or lower --max-new-tokens."
+            f"{limit} positions that the model has: shorten it, or lower --max-new-tokens."
         )
 
 
 def _prompt(options: argparse.Namespace) -> str:
+    prompt = _read_prompt(options)
+    if not prompt:
+        raise ConfigError("The prompt is empty: give at least one token of text.")
+    return prompt
+
+
+def _read_prompt(options: argparse.Namespace) -> str:
     if options.prompt is not None:
         return str(options.prompt)
     try:
@@ -149,7 +161,7 @@ def _open_cache(model: Any, options: argparse.Namespace, tokens: int) -> Any:
     shape = (*geometry(model.config), model.dtype)
     budget, policy = options.kv_device, options.policy or "fit"
     if budget is None:
-        needed, available = kv_bytes(*shape, tokens), info.available_memory()
+        needed, available = kv_bytes(*shape, tokens), memory.available_memory()
         if needed > available:
             raise ConfigError(
                 f"The KV of {tokens} tokens takes {format_size(needed)} and this machine has "
@@ -201,17 +213,28 @@ class _Run:
                     self._stall_ns = self._cache.stats().decode_stall_ns
                 self._tokens.append(token)
                 self._print_new()
+        except BrokenPipeError:
+            pass  # whoever reads the text has had enough of it
         except (MemoryError, OSError) as stopped:
             error = stopped  # what there is is still shown
-        stats = self._stats()
-        if self._options.json:
-            text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-            print(json.dumps({"text": text, "token_ids": self._tokens, "stats": stats}))
-        else:
-            self._print_new(last=True)
-            print(flush=True)
-            print(_summary(stats, len(self._tokens)), file=sys.stderr)
+        self._print_end()
         return 0 if error is None else _refuse(error)
+
+    def _print_end(self) -> None:
+        stats = self._stats()
+        try:
+            if self._options.json:
+                text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+                print(json.dumps({"text": text, "token_ids": self._tokens, "stats": stats}))
+            else:
+                self._print_new(last=True)
+                print()
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Nobody reads it; and what Python flushes when it ends must not fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not self._options.json:
+            print(_summary(stats, len(self._tokens)), file=sys.stderr)
 
     def _print_new(self, last: bool = False) -> None:
         """Prints what the new tokens add, once it ends in whole characters."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from pie import _core
+from pie.memory import available_memory, cgroup_limit, total_memory
 from pie.sizes import format_size
 
 _TRIAL_BYTES = 256 << 20  # of the file that is written and read
@@ -19,7 +20,9 @@ _TRIAL_DEPTH = 8  # pieces under way at once
 
 
 def describe(pool_dir: str | None = None) -> str:
-    """What this machine offers, a line each."""
+    """What this machine offers, a line each. ConfigError where a `pool_dir` that is named cannot
+    hold a pool.
+    """
     lines = {
         "cores": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} for this process",
         "attention": _core.attention_isa(),
@@ -30,63 +33,37 @@ def describe(pool_dir: str | None = None) -> str:
     return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
 
 
-def available_memory() -> int:
-    """Bytes of RAM that this process may still take, its cgroup's limit considered."""
-    available = _meminfo("MemAvailable")
-    limit = cgroup_limit()
-    if limit is not None:
-        used = _number("/sys/fs/cgroup/memory.current")
-        available = min(available, limit - (used or 0))
-    return max(0, available)
-
-
-def cgroup_limit() -> int | None:
-    """Bytes of RAM that this process's cgroup allows; None where there is no limit."""
-    limits = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-    found = [number for number in map(_number, limits) if number is not None]
-    return min((number for number in found if number < _meminfo("MemTotal")), default=None)
-
-
 def _memory() -> str:
     limit = cgroup_limit()
     bound = "no cgroup limit" if limit is None else f"{format_size(limit)} by the cgroup's limit"
-    total, available = _meminfo("MemTotal"), available_memory()
+    total, available = total_memory(), available_memory()
     return f"{format_size(total)}, {format_size(available)} available, {bound}"
 
 
-def _meminfo(key: str) -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _number(path: str) -> int | None:
-    try:
-        text = Path(path).read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
-
-
 def _disk(pool_dir: str | None) -> str:
+    """What a pool there is reached by, and its rates; where none is named, why there is none."""
     try:
-        directory = (pool_dir or "").removeprefix("tmpfs:") or _core.default_pool_dir()
-        free = format_size(_core.free_disk_bytes(directory))
-        written, read = _direct_rates(directory)
+        directory = pool_dir or _core.default_pool_dir()
+        way, reason = _core.try_pool(directory)
     except (_core.ConfigError, OSError) as error:
+        if pool_dir is not None:
+            raise
         return f"not usable as a pool: {error}"
+    place = directory.removeprefix("tmpfs:")
+    free = format_size(_core.free_disk_bytes(place))
+    try:
+        written, read = _rates(place, direct=way.startswith("direct"))
+    except OSError as error:
+        return f"{place}, {free} free, by {way}, not tried: {error.strerror}"
     return (
-        f"{directory}, {free} free, direct I/O writes {written / 1e9:.2f} GB/s, "
-        f"reads {read / 1e9:.2f} GB/s"
+        f"{place}, {free} free, by {way}{f' ({reason})' if reason else ''}, "
+        f"writes {written / 1e9:.2f} GB/s, reads {read / 1e9:.2f} GB/s"
     )
 
 
-def _direct_rates(directory: str) -> tuple[float, float]:
-    """Bytes per second of direct writes and reads, several large ones under way at once."""
+def _rates(directory: str, direct: bool) -> tuple[float, float]:
+    """Bytes per second of writes and reads, several large ones under way at once."""
     file, name = tempfile.mkstemp(dir=directory)
-    os.close(file)
-    file = os.open(name, os.O_RDWR | os.O_DIRECT)
     os.unlink(name)
     pieces = range(0, _TRIAL_BYTES, _TRIAL_PIECE)
 
@@ -99,6 +76,8 @@ def _direct_rates(directory: str) -> tuple[float, float]:
             os.preadv(file, [buffer], offset)
 
     try:
+        if direct:
+            fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_DIRECT)
         os.posix_fallocate(file, 0, _TRIAL_BYTES)
         seconds = []
         with ThreadPoolExecutor(_TRIAL_DEPTH) as threads:

@@ -8,7 +8,7 @@ from decimal import Decimal
 from pie._core import ConfigError
 
 _UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGT", start=1):
+for _power, _letter in enumerate("KMGTPE", start=1):
     _UNITS[f"{_letter}IB"] = _UNITS[_letter] = 1024**_power
     _UNITS[f"{_letter}B"] = 1000**_power
 
@@ -19,7 +19,8 @@ _LARGEST = 2**63  # bytes; what offsets into a file can say
 def parse_size(size: int | str, what: str) -> int:
     """Bytes of `size`, which is at least 1: an int, or text such as "512MiB", "1.5GB" or "4G".
 
-    KiB, MiB, GiB, TiB and the bare letters are powers of 1024; KB, MB, GB, TB powers of 1000.
+    KiB, MiB, GiB and so on to EiB, and the bare letters, are powers of 1024; KB, MB, GB powers of
+    1000.
     `what` names the value in the error.
     """
     if isinstance(size, str):

@@ -1,6 +1,7 @@
 """The command line on a small random model: what it prints, and how it refuses."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 
+from pie import ConfigError, info, memory
 from pie.cli import main
 
 PROMPT = " ".join(f"w{n % 90 + 3}" for n in range(700))  # more than one chunk
@@ -164,7 +167,11 @@ def test_pool_exhausted_in_mid_generation_shows_what_there_is(command: Command) 
         (["--prompt", "w7", "--kv-device", "0"], "--kv-device is '0': give a size of at least"),
         (["--prompt", "w7", "--kv-device=-1"], "--kv-device is '-1', which is not a size"),
         (["--prompt", "w7", "--kv-device", "1KiB"], "device_bytes is 1024"),
-        (["--prompt", "w7", "--max-new-tokens", "9999"], "more than the model's context of 2048"),
+        (
+            ["--prompt", "w7", "--pool-dir", "/no/dir"],
+            "pool_dir '/no/dir' cannot hold the pool file",
+        ),
+        (["--prompt", "w7", "--kv-device", "100EiB"], "--kv-device is '100EiB': give a size"),
         (["--prompt", "w7", "--kv-device", "1MiB", "--kv-pool", "x"], "--kv-pool is 'x'"),
         (["--prompt", "w7", "--kv-device", "1MiB", "--pool-dir", "/no/dir"], "/no/dir"),
         (["--prompt", "w7", "--kv-device", "1MiB", "--policy", "lru"], "policy 'lru' is unknown"),
@@ -192,6 +199,67 @@ def test_refuses_in_one_sentence(command: Command, arguments: list[str], sentenc
     assert "Traceback" not in err
 
 
+def test_more_tokens_than_positions(command: Command, folder: Path, tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=95, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    command.folder = tmp_path
+    assert len(command.json("--prompt", "w7", "--max-new-tokens", "64")["token_ids"]) == 64
+    code, out, err = command("--prompt", "w7", "--max-new-tokens", "65")
+    assert (code, out) == (2, "")
+    assert "more than the 64 positions that the model has" in err.splitlines()[-1]
+
+
+def test_more_tokens_than_the_model_was_made_for(command: Command, tmp_path: Path) -> None:
+    for file in command.folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 30}))
+    command.folder = tmp_path
+    with pytest.warns(RuntimeWarning, match="31 tokens, more than the 30"):
+        assert len(command.json("--prompt", "w7", "--max-new-tokens", "50")["token_ids"]) == 50
+
+
+def test_an_empty_prompt_is_none_whatever_the_tokenizer_adds(
+    command: Command, folder: Path, tmp_path: Path
+) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    command.folder = tmp_path
+    code, _, err = command("--prompt", "")
+    assert code == 2
+    assert "The prompt is empty" in err
+    assert command("--prompt", "w7", "--max-new-tokens", "2")[0] == 0
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_reader_that_has_had_enough(folder: Path, form: list[str]) -> None:
+    run = [sys.executable, "-m", "pie", "generate", "--model", str(folder), "--dtype", "f32"]
+    command = [*run, "--prompt", "w7", "--max-new-tokens", "400", *form]
+    reader, writer = os.pipe()
+    os.close(reader)  # what `head` does once it has its lines
+    try:
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert done.returncode == 0, done.stderr
+    assert "Broken pipe" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert bool(form) or "tokens/s" in done.stderr.splitlines()[-1]
+
+
+def test_advises_no_foreign_package(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pie.hf", None)
+    code, _, err = command("--prompt", "w7")
+    assert code == 2
+    assert "pip install '.[hf]'" in err
+    assert "pie-core[hf]" not in err
+
+
 def test_prompt_that_is_not_text(command: Command, tmp_path: Path) -> None:
     (tmp_path / "prompt").write_bytes(b"\xff\xfe\xff")
     code, _, err = command("--prompt-file", str(tmp_path / "prompt"))
@@ -208,9 +276,97 @@ def test_info(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_info_of_a_bad_directory(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", "--pool-dir", "/no/dir"]) == 0
-    assert "not usable as a pool" in capsys.readouterr().out
+def test_info_of_a_bad_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name in ("/no/dir", str(tmp_path / "file"), "/dev/shm"):
+        assert main(["info", "--pool-dir", name]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith(f"pie: pool_dir '{name}' cannot hold the pool file: ")
+
+
+def test_info_where_there_is_no_direct_io(capsys: pytest.CaptureFixture[str]) -> None:
+    before = set(Path("/dev/shm").iterdir())
+    assert main(["info", "--pool-dir", "tmpfs:/dev/shm"]) == 0
+    disk = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("disk"))
+    for words in ("/dev/shm, ", "buffered-threads", "cannot be read and written directly", "GB/s"):
+        assert words in disk
+    assert set(Path("/dev/shm").iterdir()) == before
+
+
+def test_info_without_a_place_for_a_pool(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> str:
+        raise ConfigError("there is no default place")
+
+    monkeypatch.setattr(info._core, "default_pool_dir", refuse)
+    assert main(["info"]) == 0
+    assert "not usable as a pool: there is no default place" in capsys.readouterr().out
+
+
+# Who may take how much memory.
+
+MIB = 1 << 20
+
+
+def write_groups(root: Path, groups: dict[str, dict[str, str]]) -> None:
+    for group, files in groups.items():
+        (root / group).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (root / group / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("mine", "groups", "limit", "available"),
+    [
+        ("0::/", {"": {}}, None, 900),
+        ("0::/", {"": {"memory.max": "max\n"}}, None, 900),
+        (
+            "0::/a/b",
+            {
+                "a": {
+                    "memory.max": f"{500 * MIB}\n",
+                    "memory.current": f"{300 * MIB}\n",
+                    "memory.stat": f"anon 5\nactive_file {40 * MIB}\ninactive_file {60 * MIB}\n",
+                },
+                "a/b": {"memory.max": "max\n", "memory.current": f"{200 * MIB}\n"},
+            },
+            500,
+            300,  # page cache can be taken back
+        ),
+        ("0::/on/the/host", {"": {"memory.max": str(64 * MIB)}}, 64, 64),
+        (
+            "9:cpu,memory:/job\n0::/",
+            {
+                "memory": {"memory.limit_in_bytes": str(2**63 - 4096)},
+                "memory/job": {
+                    "memory.limit_in_bytes": str(400 * MIB),
+                    "memory.usage_in_bytes": str(390 * MIB),
+                    "memory.stat": f"total_inactive_file {30 * MIB}\ntotal_active_file 0\n",
+                },
+            },
+            400,
+            40,
+        ),
+    ],
+)
+def test_memory_limits(
+    mine: str,
+    groups: dict[str, dict[str, str]],
+    limit: int | None,
+    available: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 1024000 kB\nMemAvailable:  921600 kB\nHuge: 0\n")
+    (tmp_path / "self").write_text(mine + "\n")
+    write_groups(tmp_path / "groups", groups)
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_GROUPS_OF_SELF", tmp_path / "self")
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")
+    assert memory.cgroup_limit() == (None if limit is None else limit * MIB)
+    assert memory.available_memory() == available * MIB
 
 
 def test_module_runs_the_command() -> None:

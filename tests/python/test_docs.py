@@ -18,9 +18,11 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def run(*arguments: str) -> None:
+def run(*arguments: str) -> str:
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "deprecated" not in done.stderr, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -28,7 +30,11 @@ def test_python_of_a_page_runs(page: Path, tmp_path: Path, weights: Path) -> Non
     # In one process and in order, as somebody reading the page would type it, who has a model.
     program = tmp_path / "page.py"
     program.write_text("\n".join([f"model_path = {str(weights)!r}", *blocks(page, "python")]))
-    run(str(program))
+    said = run(str(program))
+    if page.name == "README.md":
+        streamed = re.search(r"^(\d+) bytes streamed", said, re.MULTILINE)
+        assert streamed is not None
+        assert int(streamed[1]) > 0, "what the page shows off must happen"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -19,6 +19,8 @@ from pie.sizes import format_size, parse_size
         ("2K", 2048),
         ("4G", 4 << 30),
         ("1TiB", 1 << 40),
+        ("2PiB", 2 << 50),
+        ("1EB", 10**18),
         ("3KB", 3000),
         ("0.5GB", 500_000_000),
     ],
@@ -35,7 +37,7 @@ def test_refuses_what_is_not_a_size(text: str) -> None:
         parse_size(text, "device_bytes")
 
 
-@pytest.mark.parametrize("size", [0, -1, "0", "0.2B", "0GiB", 2**63, "9999999999TiB"])
+@pytest.mark.parametrize("size", [0, -1, "0", "0.2B", "0GiB", 2**63, "9999999999TiB", "100EiB"])
 def test_refuses_what_is_out_of_range(size: int | str) -> None:
     with pytest.raises(ConfigError, match=r"^pool_bytes is .* at least 1 byte"):
         parse_size(size, "pool_bytes")
