@@ -652,7 +652,8 @@ TieredCache::TieredCache(const Geometry& geometry, const std::string& policy,
 
 // What a forked child inherits is left as it is: transfers, threads and files are its parent's.
 TieredCache::~TieredCache() {
-  if (impl_ != nullptr && !impl_->process_.is_this()) static_cast<void>(impl_.release());
+  if (impl_ == nullptr || impl_->process_.is_this()) return;
+  [[maybe_unused]] const Impl* left = impl_.release();
 }
 
 namespace {

@@ -13,7 +13,7 @@ class Process {
   [[nodiscard]] bool is_this() const { return forks_ == forks(); }
 
  private:
-  static unsigned forks() {
+  static unsigned forks() noexcept {
     static const int registered = ::pthread_atfork(nullptr, nullptr, [] { ++count_; });
     static_cast<void>(registered);
     return count_;

@@ -52,7 +52,7 @@ bool is_writable(const std::string& path) { return ::access(path.c_str(), W_OK |
 }
 
 // What to do about an error from making a file.
-std::string remedy_of(int error) {
+const char* remedy_of(int error) {
   switch (error) {
     case ENOSPC:
       return "Free space or inodes on its disk, or name another.";
