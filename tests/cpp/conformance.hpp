@@ -3,11 +3,13 @@
 //   struct MyBackend {
 //     static std::unique_ptr<pie::Backend> open(std::uint32_t device_frames,
 //                                               std::uint32_t pool_frames) { ... }
+//     static void launch(pie::Backend&, pie::ComputeStream, std::function<void()> body) { ... }
 //   };
 //   INSTANTIATE_TYPED_TEST_SUITE_P(Mine, BackendConformance, MyBackend);
 //
 // `open` makes a backend with exactly these numbers of frames, each of any size of at least 64
-// bytes. Device frames are read and written through `address`.
+// bytes. Device frames are read and written through `address`. `launch` gives a stream work that
+// takes a while; where the calling thread computes it runs the body at once.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -15,6 +17,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <span>
@@ -52,9 +55,28 @@ inline bool holds(const Backend& backend, FrameIndex frame, std::uint32_t seed) 
   return true;
 }
 
-inline Ticket submit(Backend& backend, Lane lane, std::vector<Copy> copies,
+// Frames of the device and of the pool that a lane copies, one way or the other.
+struct Pair {
+  FrameIndex device_first = no_frame;
+  FrameIndex pool_first = no_frame;
+  std::uint32_t count = 0;
+};
+
+// A ticket without pairs has one copy, of no frames.
+inline std::vector<Copy> copies_of(Lane lane, std::vector<Pair> pairs) {
+  if (pairs.empty()) pairs.push_back({0, 0, 0});
+  std::vector<Copy> copies;
+  for (const Pair& pair : pairs) {
+    copies.push_back(
+        {{Tier::pool, pair.pool_first}, {Tier::device, pair.device_first}, pair.count});
+    if (lane == to_pool) std::swap(copies.back().from, copies.back().to);
+  }
+  return copies;
+}
+
+inline Ticket submit(Backend& backend, Lane lane, std::vector<Pair> pairs,
                      std::vector<Dep> after = {}) {
-  return backend.submit(lane, copies, after);
+  return backend.submit(copies_of(lane, std::move(pairs)), after);
 }
 
 inline Dep after(Ticket ticket) { return {.fence = {}, .ticket = ticket}; }
@@ -77,8 +99,24 @@ inline const Completion* find(const std::vector<Completion>& all, Ticket ticket)
   return found == all.end() ? nullptr : &*found;
 }
 
+// Returns when a stream has done what it was given so far.
+inline void synchronize(Backend& backend, ComputeStream stream) {
+  const Dep behind{backend.record(stream, Timing::unwanted), {}};
+  const Ticket ticket = submit(backend, to_device, {}, {behind});
+  for (bool ended = false; !ended;) ended = find(collect(backend, 1), ticket) != nullptr;
+}
+
+// Has `stream` wait for a ticket; the caller waits where it is the one who computes.
+inline void order(Backend& backend, ComputeStream stream, Ticket ticket) {
+  if (!backend.capabilities().streams) {
+    while (find(collect(backend, 1), ticket) == nullptr) {
+    }
+  }
+  backend.depend(stream, after(ticket));
+}
+
 // Runs one ticket to its end.
-inline Completion finish(Backend& backend, Lane lane, std::vector<Copy> copies) {
+inline Completion finish(Backend& backend, Lane lane, std::vector<Pair> copies) {
   const Ticket ticket = submit(backend, lane, std::move(copies));
   const auto all = collect(backend, 1);
   const Completion* ended = find(all, ticket);
@@ -121,7 +159,7 @@ TYPED_TEST_P(BackendConformance, SaysWhatItHas) {
 TYPED_TEST_P(BackendConformance, TiersAreResizedBothWays) {
   const auto backend = TypeParam::open(4, 16);
   for (const std::uint32_t frames : {2U, 9U, 1U, 16U, 0U, 5U}) {
-    EXPECT_EQ(backend->resize_pool(frames), frames);
+    EXPECT_EQ(backend->resize_pool(frames).frames, frames);
   }
   EXPECT_EQ(backend->pool_refusal(), "");
   for (const std::uint32_t frames : {4U, 1U, 3U, 4U}) {
@@ -132,17 +170,17 @@ TYPED_TEST_P(BackendConformance, TiersAreResizedBothWays) {
 
 TYPED_TEST_P(BackendConformance, WhatIsWithinTheNewSizeStays) {
   const auto backend = TypeParam::open(4, 16);
-  ASSERT_EQ(backend->resize_pool(16), 16U);
+  ASSERT_EQ(backend->resize_pool(16).frames, 16U);
   fill(*backend, 1, 7);
   ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{1, 3, 1}})));
-  EXPECT_EQ(backend->resize_pool(4), 4U);
+  EXPECT_EQ(backend->resize_pool(4).frames, 4U);
   EXPECT_EQ(backend->resize_device(2), 2U);
   EXPECT_THROW(submit(*backend, to_device, {{0, 4, 1}}), LogicError);
   EXPECT_THROW(submit(*backend, to_device, {{2, 3, 1}}), LogicError);
   EXPECT_TRUE(holds(*backend, 1, 7));
   ASSERT_TRUE(is_ok(finish(*backend, to_device, {{0, 3, 1}})));
   EXPECT_TRUE(holds(*backend, 0, 7));
-  EXPECT_EQ(backend->resize_pool(16), 16U);
+  EXPECT_EQ(backend->resize_pool(16).frames, 16U);
   EXPECT_EQ(backend->resize_device(4), 4U);
   ASSERT_TRUE(is_ok(finish(*backend, to_device, {{3, 3, 1}})));
   EXPECT_TRUE(holds(*backend, 3, 7));
@@ -150,7 +188,7 @@ TYPED_TEST_P(BackendConformance, WhatIsWithinTheNewSizeStays) {
 
 TYPED_TEST_P(BackendConformance, SingleFramesComeBack) {
   const auto backend = TypeParam::open(4, 16);
-  ASSERT_EQ(backend->resize_pool(16), 16U);
+  ASSERT_EQ(backend->resize_pool(16).frames, 16U);
   for (std::uint32_t i = 0; i < 16; ++i) {
     fill(*backend, i % 4, i);
     ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{i % 4, i, 1}})));
@@ -163,7 +201,7 @@ TYPED_TEST_P(BackendConformance, SingleFramesComeBack) {
 
 TYPED_TEST_P(BackendConformance, RunsComeBack) {
   const auto backend = TypeParam::open(128, 256);
-  ASSERT_EQ(backend->resize_pool(256), 256U);
+  ASSERT_EQ(backend->resize_pool(256).frames, 256U);
   for (std::uint32_t i = 0; i < 128; ++i) fill(*backend, i, i);
   ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 100, 128}})));
   for (std::uint32_t i = 0; i < 128; ++i) fill(*backend, i, 999);
@@ -176,9 +214,9 @@ TYPED_TEST_P(BackendConformance, RunsComeBack) {
 
 TYPED_TEST_P(BackendConformance, OneTicketHasManyCopies) {
   const auto backend = TypeParam::open(64, 64);
-  ASSERT_EQ(backend->resize_pool(64), 64U);
-  std::vector<Copy> out;
-  std::vector<Copy> back;
+  ASSERT_EQ(backend->resize_pool(64).frames, 64U);
+  std::vector<Pair> out;
+  std::vector<Pair> back;
   for (std::uint32_t i = 0; i < 64; ++i) {
     fill(*backend, i, i);
     out.push_back({i, 63 - i, 1});
@@ -196,7 +234,7 @@ TYPED_TEST_P(BackendConformance, TicketWithoutCopiesEnds) {
 
 TYPED_TEST_P(BackendConformance, EveryTicketEndsOnce) {
   const auto backend = TypeParam::open(200, 200);
-  ASSERT_EQ(backend->resize_pool(200), 200U);
+  ASSERT_EQ(backend->resize_pool(200).frames, 200U);
   std::vector<Ticket> tickets;
   for (std::uint32_t i = 0; i < 200; ++i) {
     if (i < 100) fill(*backend, i, i);
@@ -218,7 +256,7 @@ TYPED_TEST_P(BackendConformance, EveryTicketEndsOnce) {
 
 TYPED_TEST_P(BackendConformance, TicketsCountUpWithinTheirLane) {
   const auto backend = TypeParam::open(4, 4);
-  ASSERT_EQ(backend->resize_pool(4), 4U);
+  ASSERT_EQ(backend->resize_pool(4).frames, 4U);
   const Ticket first = submit(*backend, to_pool, {{0, 0, 1}});
   const Ticket second = submit(*backend, to_pool, {{1, 1, 1}});
   const Ticket other = submit(*backend, to_device, {{2, 2, 1}});
@@ -234,7 +272,7 @@ TYPED_TEST_P(BackendConformance, TicketsCountUpWithinTheirLane) {
 TYPED_TEST_P(BackendConformance, DependentTicketsSeeWhatTheyWaitFor) {
   constexpr std::uint32_t frames = 40;
   const auto backend = TypeParam::open(frames, frames);
-  ASSERT_EQ(backend->resize_pool(frames), frames);
+  ASSERT_EQ(backend->resize_pool(frames).frames, frames);
   for (std::uint32_t i = 0; i < frames; ++i) fill(*backend, i, i);
   std::vector<Dep> previous;
   for (std::uint32_t i = 0; i + 1 < frames; ++i) {
@@ -247,33 +285,142 @@ TYPED_TEST_P(BackendConformance, DependentTicketsSeeWhatTheyWaitFor) {
 
 TYPED_TEST_P(BackendConformance, OneTicketWaitsForSeveral) {
   const auto backend = TypeParam::open(16, 16);
-  ASSERT_EQ(backend->resize_pool(16), 16U);
+  ASSERT_EQ(backend->resize_pool(16).frames, 16U);
   std::vector<Dep> writes;
   for (std::uint32_t i = 0; i < 8; ++i) {
     fill(*backend, i, i);
     writes.push_back(after(submit(*backend, to_pool, {{i, i, 1}})));
   }
   submit(*backend, to_device, {{8, 0, 8}}, writes);
-  submit(*backend, to_device, {}, {{}, {backend->record({}), {}}});
+  submit(*backend, to_device, {}, {{}, {backend->record({}, Timing::unwanted), {}}});
   EXPECT_EQ(collect(*backend, 10).size(), 10U);
   for (std::uint32_t i = 0; i < 8; ++i) EXPECT_TRUE(holds(*backend, 8 + i, i));
 }
 
 TYPED_TEST_P(BackendConformance, WaitsForATicketThatWasPolledLongAgo) {
   const auto backend = TypeParam::open(2, 2);
-  ASSERT_EQ(backend->resize_pool(2), 2U);
+  ASSERT_EQ(backend->resize_pool(2).frames, 2U);
   fill(*backend, 0, 7);
   const Ticket write = submit(*backend, to_pool, {{0, 0, 1}});
   ASSERT_EQ(collect(*backend, 1).size(), 1U);
-  backend->depend({}, write);
+  backend->depend({}, after(write));
   submit(*backend, to_device, {{1, 0, 1}}, {after(write)});
   ASSERT_EQ(collect(*backend, 1).size(), 1U);
   EXPECT_TRUE(holds(*backend, 1, 7));
 }
 
+TYPED_TEST_P(BackendConformance, CopiesWaitForFences) {
+  const auto backend = TypeParam::open(4, 4);
+  ASSERT_EQ(backend->resize_pool(4).frames, 4U);
+  fill(*backend, 0, 1);
+  TypeParam::launch(*backend, {5}, [&] { fill(*backend, 0, 2); });
+  const Fence filled = backend->record({5}, Timing::unwanted);
+  const Ticket write = submit(*backend, to_pool, {{0, 0, 1}}, {{filled, {}}});
+  // What is read on the stream is not loaded into before it was read.
+  bool read = false;
+  TypeParam::launch(*backend, {5}, [&] { read = holds(*backend, 0, 2); });
+  const Fence done = backend->record({5}, Timing::unwanted);
+  submit(*backend, to_device, {{0, 1, 1}}, {{done, write}});
+  ASSERT_EQ(collect(*backend, 2).size(), 2U);
+  EXPECT_TRUE(read);
+  ASSERT_TRUE(is_ok(finish(*backend, to_device, {{1, 0, 1}})));
+  EXPECT_TRUE(holds(*backend, 1, 2)) << "the write began before the frame was filled";
+}
+
+TYPED_TEST_P(BackendConformance, StreamsWaitForTickets) {
+  const auto backend = TypeParam::open(4, 4);
+  ASSERT_EQ(backend->resize_pool(4).frames, 4U);
+  fill(*backend, 0, 1);
+  fill(*backend, 1, 2);
+  const Ticket write = submit(*backend, to_pool, {{0, 0, 1}});
+  const Ticket load = submit(*backend, to_device, {{1, 0, 1}}, {after(write)});
+  order(*backend, {5}, load);
+  bool read = false;
+  TypeParam::launch(*backend, {5}, [&] { read = holds(*backend, 1, 1); });
+  synchronize(*backend, {5});
+  EXPECT_TRUE(read) << "the stream did not wait for the load";
+}
+
+TYPED_TEST_P(BackendConformance, StreamsWaitForEachOther) {
+  const auto backend = TypeParam::open(2, 2);
+  ASSERT_EQ(backend->resize_pool(2).frames, 2U);
+  fill(*backend, 0, 1);
+  TypeParam::launch(*backend, {5}, [&] { fill(*backend, 0, 2); });
+  backend->depend({6}, {backend->record({5}, Timing::unwanted), {}});
+  bool read = false;
+  TypeParam::launch(*backend, {6}, [&] { read = holds(*backend, 0, 2); });
+  synchronize(*backend, {6});
+  EXPECT_TRUE(read) << "the second stream did not wait for the first";
+}
+
+TYPED_TEST_P(BackendConformance, DuplicatesInTheOrderOfTheStream) {
+  const auto backend = TypeParam::open(6, 2);
+  ASSERT_EQ(backend->resize_pool(2).frames, 2U);
+  for (FrameIndex i = 0; i < 6; ++i) fill(*backend, i, 10 + i);
+  TypeParam::launch(*backend, {5}, [&] { fill(*backend, 0, 1); });
+  const std::array pairs{Duplicate{0, 3}, Duplicate{1, 4}, Duplicate{0, 5}};
+  backend->duplicate({5}, pairs);
+  TypeParam::launch(*backend, {5}, [&] { fill(*backend, 0, 2); });
+  backend->duplicate({5}, {});
+  synchronize(*backend, {5});
+  EXPECT_TRUE(holds(*backend, 3, 1));
+  EXPECT_TRUE(holds(*backend, 4, 11));
+  EXPECT_TRUE(holds(*backend, 5, 1));
+  EXPECT_TRUE(holds(*backend, 0, 2));
+  const Duplicate beyond{0, 6};
+  EXPECT_THROW(backend->duplicate({5}, {&beyond, 1}), LogicError);
+}
+
+TYPED_TEST_P(BackendConformance, TellsWhenFencesPass) {
+  const auto backend = TypeParam::open(2, 2);
+  const Nanos before = backend->now();
+  std::vector<Fence> fences;
+  for (int i = 0; i < 3; ++i) {
+    TypeParam::launch(*backend, {5}, [] {});
+    static_cast<void>(backend->record({5}, Timing::unwanted));
+    fences.push_back(backend->record({5}, Timing::wanted));
+  }
+  if (backend->capabilities().streams) {
+    ASSERT_EQ(backend->resize_pool(2).frames, 2U);
+    submit(*backend, to_device, {}, {{fences.back(), {}}});
+  }
+  const auto all = collect(*backend, backend->capabilities().streams ? 4 : 3);
+  Nanos last = before;
+  for (const Fence fence : fences) {
+    const auto found = std::ranges::find(all, fence, &Completion::fence);
+    ASSERT_NE(found, all.end());
+    EXPECT_EQ(found->ticket.id, 0U);
+    EXPECT_TRUE(is_ok(*found));
+    EXPECT_GE(found->ended, last);
+    EXPECT_EQ(found->began, found->ended);
+    last = found->ended;
+  }
+  EXPECT_LE(last, backend->now());
+}
+
+TYPED_TEST_P(BackendConformance, RefusesCopiesThatNoLaneMakes) {
+  const auto backend = TypeParam::open(4, 4);
+  ASSERT_EQ(backend->resize_pool(4).frames, 4U);
+  const Place device{Tier::device, 0};
+  const Place pool{Tier::pool, 0};
+  const Copy load{pool, device, 1};
+  const Copy write{{Tier::device, 1}, {Tier::pool, 1}, 1};
+  EXPECT_THROW(backend->submit({}, {}), LogicError) << "of no lane";
+  for (const auto& copies : {std::vector<Copy>{load, write},
+                             {{device, device, 1}},
+                             {{pool, pool, 1}},
+                             {{device, {Tier::disk, 0}, 1}},
+                             {{{Tier::disk, 0}, device, 1}}}) {
+    EXPECT_THROW(backend->submit(copies, {}), LogicError);
+  }
+  backend->wait(forever);
+  std::array<Completion, 1> none;
+  EXPECT_EQ(backend->poll(none), 0U);
+}
+
 TYPED_TEST_P(BackendConformance, RefusesFramesOutOfRange) {
   const auto backend = TypeParam::open(4, 8);
-  ASSERT_EQ(backend->resize_pool(6), 6U);
+  ASSERT_EQ(backend->resize_pool(6).frames, 6U);
   for (const Lane lane : {to_device, to_pool}) {
     EXPECT_THROW(submit(*backend, lane, {{4, 0, 1}}), LogicError);
     EXPECT_THROW(submit(*backend, lane, {{3, 0, 2}}), LogicError);
@@ -292,24 +439,24 @@ TYPED_TEST_P(BackendConformance, RefusesFramesOutOfRange) {
 
 TYPED_TEST_P(BackendConformance, RefusesToWaitForWhatWasNeverSubmitted) {
   const auto backend = TypeParam::open(2, 2);
-  ASSERT_EQ(backend->resize_pool(2), 2U);
+  ASSERT_EQ(backend->resize_pool(2).frames, 2U);
   EXPECT_THROW(submit(*backend, to_device, {{0, 0, 1}}, {after({to_device, 1})}), LogicError);
   EXPECT_THROW(submit(*backend, to_device, {{0, 0, 1}}, {after({to_pool, 1})}), LogicError);
   EXPECT_THROW(submit(*backend, to_device, {{0, 0, 1}}, {{Fence{12345}, {}}}), LogicError);
-  EXPECT_THROW(backend->depend({}, {to_device, 1}), LogicError);
+  EXPECT_THROW(backend->depend({}, after({to_device, 1})), LogicError);
 }
 
 TYPED_TEST_P(BackendConformance, WaitReturnsWhenNothingIsInFlight) {
   const auto backend = TypeParam::open(2, 2);
   backend->wait(forever);
-  ASSERT_EQ(backend->resize_pool(2), 2U);
+  ASSERT_EQ(backend->resize_pool(2).frames, 2U);
   ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, 2}})));
   backend->wait(forever);
 }
 
 TYPED_TEST_P(BackendConformance, WaitReturnsWhileSomethingIsThereToPoll) {
   const auto backend = TypeParam::open(4, 4);
-  ASSERT_EQ(backend->resize_pool(4), 4U);
+  ASSERT_EQ(backend->resize_pool(4).frames, 4U);
   submit(*backend, to_pool, {{0, 0, 1}});
   submit(*backend, to_pool, {{1, 1, 1}});
   std::array<Completion, 1> one;
@@ -324,7 +471,7 @@ TYPED_TEST_P(BackendConformance, WaitReturnsWhileSomethingIsThereToPoll) {
 
 TYPED_TEST_P(BackendConformance, PollWithoutRoomLosesNothing) {
   const auto backend = TypeParam::open(2, 2);
-  ASSERT_EQ(backend->resize_pool(2), 2U);
+  ASSERT_EQ(backend->resize_pool(2).frames, 2U);
   submit(*backend, to_pool, {{0, 0, 1}});
   backend->wait(forever);
   EXPECT_EQ(backend->poll({}), 0U);
@@ -334,7 +481,7 @@ TYPED_TEST_P(BackendConformance, PollWithoutRoomLosesNothing) {
 // One thread at a time, but not always the same: the one that submitted may be gone by then.
 TYPED_TEST_P(BackendConformance, ThreadsMayTakeTurns) {
   const auto backend = TypeParam::open(256, 256);
-  ASSERT_EQ(backend->resize_pool(256), 256U);
+  ASSERT_EQ(backend->resize_pool(256).frames, 256U);
   for (std::uint32_t i = 0; i < 256; ++i) fill(*backend, i, i);
   std::thread([&] { submit(*backend, to_pool, {{0, 0, 256}}); }).join();
   ASSERT_EQ(collect(*backend, 1).size(), 1U);
@@ -351,7 +498,7 @@ TYPED_TEST_P(BackendConformance, ThreadsMayTakeTurns) {
 TYPED_TEST_P(BackendConformance, CanBeDestroyedWhileCopiesAreInFlight) {
   for (int round = 0; round < 4; ++round) {
     const auto backend = TypeParam::open(384, 512);
-    ASSERT_EQ(backend->resize_pool(512), 512U);
+    ASSERT_EQ(backend->resize_pool(512).frames, 512U);
     const Ticket write = submit(*backend, to_pool, {{0, 0, 128}});
     submit(*backend, to_device, {{128, 256, 128}});
     submit(*backend, to_device, {{256, 0, 128}}, {after(write)});
@@ -363,8 +510,10 @@ REGISTER_TYPED_TEST_SUITE_P(BackendConformance, SaysWhatItHas, TiersAreResizedBo
                             OneTicketHasManyCopies, TicketWithoutCopiesEnds, EveryTicketEndsOnce,
                             TicketsCountUpWithinTheirLane, DependentTicketsSeeWhatTheyWaitFor,
                             OneTicketWaitsForSeveral, WaitsForATicketThatWasPolledLongAgo,
-                            RefusesFramesOutOfRange, RefusesToWaitForWhatWasNeverSubmitted,
-                            WaitReturnsWhenNothingIsInFlight,
+                            CopiesWaitForFences, StreamsWaitForTickets, StreamsWaitForEachOther,
+                            DuplicatesInTheOrderOfTheStream, TellsWhenFencesPass,
+                            RefusesCopiesThatNoLaneMakes, RefusesFramesOutOfRange,
+                            RefusesToWaitForWhatWasNeverSubmitted, WaitReturnsWhenNothingIsInFlight,
                             WaitReturnsWhileSomethingIsThereToPoll, PollWithoutRoomLosesNothing,
                             ThreadsMayTakeTurns, CanBeDestroyedWhileCopiesAreInFlight);
 

@@ -25,22 +25,23 @@ class ProxyBackend : public Backend {
   std::uint32_t resize_device(std::uint32_t frames) override {
     return inner_->resize_device(frames);
   }
-  std::uint32_t resize_pool(std::uint32_t frames) override { return inner_->resize_pool(frames); }
+  PoolSize resize_pool(std::uint32_t frames) override { return inner_->resize_pool(frames); }
   [[nodiscard]] std::string pool_refusal() const override { return inner_->pool_refusal(); }
-  Ticket submit(Lane lane, std::span<const Copy> copies, std::span<const Dep> after) override {
+  Ticket submit(std::span<const Copy> copies, std::span<const Dep> after) override {
     move();
-    return inner_->submit(lane, copies, after);
+    return inner_->submit(copies, after);
   }
   std::size_t poll(std::span<Completion> out) override { return inner_->poll(out); }
   void wait(Nanos timeout_ns) override {
     move();
     inner_->wait(timeout_ns);
   }
-  Fence record(ComputeStream stream) override { return inner_->record(stream); }
-  void depend(ComputeStream stream, Ticket ticket) override { inner_->depend(stream, ticket); }
-  void compute(ComputeStream stream, Work work) override { inner_->compute(stream, work); }
-  void duplicate(ComputeStream stream, FrameIndex from, FrameIndex to) override {
-    inner_->duplicate(stream, from, to);
+  Fence record(ComputeStream stream, Timing timing) override {
+    return inner_->record(stream, timing);
+  }
+  void depend(ComputeStream stream, const Dep& dep) override { inner_->depend(stream, dep); }
+  void duplicate(ComputeStream stream, std::span<const Duplicate> frames) override {
+    inner_->duplicate(stream, frames);
   }
   [[nodiscard]] std::byte* address(FrameIndex frame) const override {
     return inner_->address(frame);

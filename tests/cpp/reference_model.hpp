@@ -122,6 +122,7 @@ class StampKernel final : public LayerKernel {
     }
   }
   void abort() { *aborted_ = true; }
+  void set_stream(ComputeStream stream) { stream_ = stream; }
 
   // What a stream found; empty where all was well.
   [[nodiscard]] const std::string& failure() const { return *failure_; }
@@ -139,7 +140,7 @@ class StampKernel final : public LayerKernel {
       }
     };
     if (sim_ == nullptr) return body();
-    sim_->launch(compute_stream, {store_ns}, body);
+    sim_->launch(stream_, {store_ns}, body);
   }
 
   void attend(std::uint32_t layer, std::span<const KvPiece> pieces) override {
@@ -190,7 +191,7 @@ class StampKernel final : public LayerKernel {
       expect(same(frame, want, count), told(entry.id, layer_, token));
       return;
     }
-    sim_->launch(compute_stream, {read_ns},
+    sim_->launch(stream_, {read_ns},
                  [=, id = entry.id, layer = layer_, aborted = aborted_, failure = failure_] {
                    if (!*aborted && failure->empty() && !same(frame, want, count)) {
                      *failure = told(id, layer, token);
@@ -210,6 +211,7 @@ class StampKernel final : public LayerKernel {
 
   Geometry geometry_;
   SimBackend* sim_;  // null where the caller computes
+  ComputeStream stream_ = compute_stream;
   const std::vector<Entry>* entries_ = nullptr;
   std::uint32_t layer_ = 0;
   std::vector<std::uint32_t> read_;  // by entry: tokens up to here were read in this layer
@@ -281,6 +283,13 @@ class Model {
            "a resize gave other budgets than asked for");
   }
 
+  // What the kernel is given from now on it is given there.
+  void set_stream(ComputeStream stream) {
+    cache_->set_stream(stream);
+    kernel_.set_stream(stream);
+    stream_ = stream;
+  }
+
   // ---- a step, call by call
 
   void begin(const std::vector<StepEntry>& batch, Reader reader) {
@@ -327,7 +336,7 @@ class Model {
       Salts& salts = salts_.at(entry.id);
       salts.insert(salts.end(), entry.new_tokens, entry.salt);
     }
-    if (streams_ && random_() % 4 != 0) sim().synchronize(compute_stream);
+    if (streams_ && random_() % 4 != 0) sim().synchronize(stream_);
   }
 
   void abort() {
@@ -491,6 +500,7 @@ class Model {
   Geometry geometry_;
   ProxyBackend* proxy_;  // in front of the simulated one; null where the cache runs on another
   bool streams_;
+  ComputeStream stream_ = compute_stream;
   StampKernel kernel_;
   std::mt19937_64 random_;
   std::map<SequenceId, Salts> salts_;

@@ -39,22 +39,29 @@ HostOptions options_for(std::uint32_t device_frames, std::uint32_t pool_frames,
           .pool_io = pool_io};
 }
 
-struct DirectUring {
+// The calling thread computes.
+struct OnThisThread {
+  static void launch(Backend& /*backend*/, ComputeStream /*stream*/,
+                     const std::function<void()>& body) {
+    body();
+  }
+};
+struct DirectUring : OnThisThread {
   static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
     return open_host(options_for(device_frames, pool_frames, "direct-uring"));
   }
 };
-struct DirectThreads {
+struct DirectThreads : OnThisThread {
   static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
     return open_host(options_for(device_frames, pool_frames, "direct-threads"));
   }
 };
-struct BufferedThreads {
+struct BufferedThreads : OnThisThread {
   static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
     return open_host(options_for(device_frames, pool_frames, "buffered-threads"));
   }
 };
-struct Memory {
+struct Memory : OnThisThread {
   static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
     return open_host(options_for(device_frames, pool_frames, "auto", "tmpfs:/dev/shm"));
   }
@@ -284,7 +291,7 @@ TEST(HostWithoutPool, HasNoFileNoRingNoThread) {
   EXPECT_EQ(thread_count(), threads);
   EXPECT_EQ(backend->capabilities().pool_frames, 0U);
   EXPECT_EQ(backend->capabilities().pool_io, "none");
-  EXPECT_EQ(backend->resize_pool(5), 0U);
+  EXPECT_EQ(backend->resize_pool(5).frames, 0U);
   EXPECT_FALSE(backend->pool_refusal().empty());
   EXPECT_THROW(submit(*backend, to_pool, {{0, 0, 1}}), LogicError);
   backend->wait(forever);
@@ -296,7 +303,7 @@ TEST(HostMemory, ArenaTakesNoPageBeforeItIsUsed) {
   auto options = options_for(1, 4096);
   options.device_bytes = 256 * mib;
   const auto backend = open_host(options);
-  ASSERT_EQ(backend->resize_pool(4096), 4096U);
+  ASSERT_EQ(backend->resize_pool(4096).frames, 4096U);
   const auto resident_pages = [&] {
     const auto page = static_cast<Bytes>(::sysconf(_SC_PAGESIZE));
     std::vector<unsigned char> pages(options.device_bytes / page);
@@ -371,7 +378,7 @@ TEST(HostMemory, MayBeTheCallers) {
     const auto backend = open_host(options);
     EXPECT_EQ(backend->address(0), options.device_memory);
     EXPECT_EQ(backend->memory(), nullptr) << "it is the caller's";
-    ASSERT_EQ(backend->resize_pool(4), 4U);
+    ASSERT_EQ(backend->resize_pool(4).frames, 4U);
     fill(*backend, 1, 3);
     ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{1, 2, 1}})));
     ASSERT_TRUE(is_ok(finish(*backend, to_device, {{0, 2, 1}})));
@@ -386,7 +393,7 @@ TEST(HostMemory, MayBeTheCallers) {
 
 TEST(HostMemory, FramesNeverWrittenAreZero) {
   const auto backend = open_host(options_for(2, 2));
-  ASSERT_EQ(backend->resize_pool(2), 2U);
+  ASSERT_EQ(backend->resize_pool(2).frames, 2U);
   fill(*backend, 1, 3);
   ASSERT_TRUE(is_ok(finish(*backend, to_device, {{1, 1, 1}})));
   EXPECT_TRUE(std::all_of(backend->address(1), backend->address(1) + frame_bytes,
@@ -442,7 +449,7 @@ TEST_P(HostPool, ThreadsAreStartedByTheFirstCopyIfAtAll) {
   std::thread([] {}).join();  // a sanitizer starts a thread of its own with the first one
   const auto before = thread_count();
   const auto backend = open(1, 1);
-  ASSERT_EQ(backend->resize_pool(1), 1U);
+  ASSERT_EQ(backend->resize_pool(1).frames, 1U);
   EXPECT_EQ(thread_count(), before);
   ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, 1}})));
   EXPECT_EQ(thread_count(), before + (GetParam() == "direct-uring" ? 0 : 4));
@@ -453,7 +460,7 @@ TEST_P(HostPool, SpaceIsTakenBeforeUseAndGivenBack) {
   const auto backend = open(1, frames);
   EXPECT_EQ(file_status().st_blocks, 0);
   for (const std::uint32_t size : {1U, frames, 3000U, frames + 1000, 0U}) {
-    ASSERT_EQ(backend->resize_pool(size), size);
+    ASSERT_EQ(backend->resize_pool(size).frames, size);
     EXPECT_EQ(static_cast<Bytes>(file_status().st_size), size * frame_bytes);
     const auto taken = static_cast<Bytes>(file_status().st_blocks) * 512;
     EXPECT_GE(taken, size * frame_bytes);
@@ -463,7 +470,7 @@ TEST_P(HostPool, SpaceIsTakenBeforeUseAndGivenBack) {
 
 TEST_P(HostPool, WhatChangedOnDiskIsSeenInThatFrameAlone) {
   const auto backend = open(4, 8);
-  ASSERT_EQ(backend->resize_pool(8), 8U);
+  ASSERT_EQ(backend->resize_pool(8).frames, 8U);
   for (std::uint32_t i = 0; i < 4; ++i) fill(*backend, i, i + 1);
   ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 2, 4}})));
   // Through the page cache, which direct reads take note of.
@@ -500,7 +507,7 @@ TEST_P(HostPool, WhatChangedOnDiskIsSeenInThatFrameAlone) {
 
 TEST_P(HostPool, WriteThatWaitsForALoadIsCheckedAsWhatWasLoaded) {
   const auto backend = open(2, 3);
-  ASSERT_EQ(backend->resize_pool(3), 3U);
+  ASSERT_EQ(backend->resize_pool(3).frames, 3U);
   fill(*backend, 0, 1);
   fill(*backend, 1, 2);
   ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, 1}})));
@@ -513,7 +520,7 @@ TEST_P(HostPool, WriteThatWaitsForALoadIsCheckedAsWhatWasLoaded) {
 
 TEST_P(HostPool, WhatWaitsForACorruptLoadFailsAndIsNotStarted) {
   const auto backend = open(2, 3);
-  ASSERT_EQ(backend->resize_pool(3), 3U);
+  ASSERT_EQ(backend->resize_pool(3).frames, 3U);
   fill(*backend, 0, 1);
   fill(*backend, 1, 2);
   ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, 2}})));
@@ -537,21 +544,21 @@ TEST_P(HostPool, WhatWaitsForACorruptLoadFailsAndIsNotStarted) {
 TEST_P(HostPool, FullDiskRefusesGrowthAndKeepsWhatThereIs) {
   const auto backend = open(1, 20000);
   fill(*backend, 0, 1);
-  ASSERT_EQ(backend->resize_pool(10), 10U);
+  ASSERT_EQ(backend->resize_pool(10).frames, 10U);
   ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 9, 1}})));
   {
     const FileSizeLimit full(100 * mib);
     const std::uint32_t fits = 8000;  // 94 MiB
-    EXPECT_EQ(backend->resize_pool(fits), fits);
+    EXPECT_EQ(backend->resize_pool(fits).frames, fits);
     EXPECT_EQ(backend->pool_refusal(), "");
-    EXPECT_EQ(backend->resize_pool(20000), fits);
+    EXPECT_EQ(backend->resize_pool(20000).frames, fits);
     EXPECT_NE(backend->pool_refusal().find(dir_.path()), std::string::npos);
     EXPECT_NE(backend->pool_refusal().find("File too large"), std::string::npos);
   }
   EXPECT_EQ(static_cast<Bytes>(file_status().st_size), 8000 * frame_bytes);
   ASSERT_TRUE(is_ok(finish(*backend, to_device, {{0, 9, 1}})));
   EXPECT_TRUE(holds(*backend, 0, 1));
-  EXPECT_EQ(backend->resize_pool(20000), 20000U) << "and asks again";
+  EXPECT_EQ(backend->resize_pool(20000).frames, 20000U) << "and asks again";
   EXPECT_EQ(backend->pool_refusal(), "");
 }
 
@@ -562,8 +569,8 @@ TEST_P(HostPool, DiskThatIsReallyFullIsLeftAsItWas) {
   if (!disk.mounted()) GTEST_SKIP() << "only root, with loop devices, can mount a small disk";
   const Bytes free_before = free_disk_bytes(disk.path());
   const auto backend = open_host(options_for(2, 20000, GetParam(), disk.path()));
-  EXPECT_EQ(backend->resize_pool(10), 10U);
-  EXPECT_EQ(backend->resize_pool(20000), 10U);
+  EXPECT_EQ(backend->resize_pool(10).frames, 10U);
+  EXPECT_EQ(backend->resize_pool(20000).frames, 10U);
   EXPECT_NE(backend->pool_refusal().find("No space left"), std::string::npos);
   EXPECT_GE(free_disk_bytes(disk.path()), free_before - 2 * mib);
   fill(*backend, 0, 5);
@@ -577,7 +584,7 @@ TEST_P(HostPool, ReadsFailFromTheBrokenFrameOn) {
   constexpr std::uint32_t frames = 12;
   for (std::uint32_t broken = 0; broken < frames; ++broken) {
     const auto backend = open(frames, frames);
-    ASSERT_EQ(backend->resize_pool(frames), frames);
+    ASSERT_EQ(backend->resize_pool(frames).frames, frames);
     for (std::uint32_t i = 0; i < frames; ++i) fill(*backend, i, i);
     ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, frames}})));
     for (std::uint32_t i = 0; i < frames; ++i) fill(*backend, i, 99);
@@ -598,7 +605,7 @@ TEST_P(HostPool, ReadsFailFromTheBrokenFrameOn) {
 TEST_P(HostPool, RunAcrossTheEndOfTheFileFailsAsAWhole) {
   constexpr std::uint32_t frames = 400;  // 4.7 MiB, several segments
   const auto backend = open(frames, frames);
-  ASSERT_EQ(backend->resize_pool(frames), frames);
+  ASSERT_EQ(backend->resize_pool(frames).frames, frames);
   for (std::uint32_t i = 0; i < frames; ++i) fill(*backend, i, i);
   ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, frames}})));
   for (std::uint32_t i = 0; i < frames; ++i) fill(*backend, i, 999);
@@ -615,7 +622,7 @@ TEST_P(HostPool, WritesFailFromTheLimitOnAndSoDoTheirDependents) {
   constexpr std::uint32_t frames = 12;
   for (std::uint32_t broken = 0; broken < frames; ++broken) {
     const auto backend = open(2 * frames, frames);
-    ASSERT_EQ(backend->resize_pool(frames), frames);
+    ASSERT_EQ(backend->resize_pool(frames).frames, frames);
     for (std::uint32_t i = 0; i < frames; ++i) fill(*backend, i, i);
     const FileSizeLimit full(broken * frame_bytes + 4096);
     for (std::uint32_t i = 0; i < frames; ++i) {
@@ -635,7 +642,7 @@ TEST_P(HostPool, WritesFailFromTheLimitOnAndSoDoTheirDependents) {
 // polled.
 TEST_P(HostPool, FailureIsInheritedAlongAChain) {
   const auto backend = open(8, 8);
-  ASSERT_EQ(backend->resize_pool(8), 8U);
+  ASSERT_EQ(backend->resize_pool(8).frames, 8U);
   ASSERT_EQ(::ftruncate(file(), 0), 0);
   Ticket last = submit(*backend, to_device, {{0, 0, 1}});
   for (std::uint32_t i = 1; i < 4; ++i) {
@@ -655,17 +662,17 @@ TEST_P(HostPool, FailureIsInheritedAlongAChain) {
 // Twelve segments, two at a time: the two calls made here cannot have seen the last of them end.
 TEST_P(HostPool, DependOnATicketInFlightIsRefused) {
   const auto backend = open(1000, 1000);
-  ASSERT_EQ(backend->resize_pool(1000), 1000U);
+  ASSERT_EQ(backend->resize_pool(1000).frames, 1000U);
   const Ticket write = submit(*backend, to_pool, {{0, 0, 1000}});
-  EXPECT_THROW(backend->depend({}, write), LogicError);
+  EXPECT_THROW(backend->depend({}, after(write)), LogicError);
   ASSERT_EQ(collect(*backend, 1).size(), 1U);
-  backend->depend({}, write);
+  backend->depend({}, after(write));
 }
 
 // The held ticket comes first in its lane and starts last: once the long write has ended.
 TEST_P(HostPool, HeldTicketDoesNotHoldUpThoseBehindIt) {
   const auto backend = open(1002, 1002);
-  ASSERT_EQ(backend->resize_pool(1002), 1002U);
+  ASSERT_EQ(backend->resize_pool(1002).frames, 1002U);
   const Ticket write = submit(*backend, to_pool, {{0, 0, 1000}});
   const Ticket held = submit(*backend, to_device, {{1000, 0, 1}}, {after(write)});
   const Ticket free = submit(*backend, to_device, {{1001, 1001, 1}});
@@ -687,7 +694,7 @@ INSTANTIATE_TEST_SUITE_P(Io, HostPool,
 TEST(HostRing, LossFailsEverythingAndIsReported) {
   const auto backend = open_host(options_for(256, 256));
   if (backend->capabilities().pool_io != "direct-uring") GTEST_SKIP() << "no io_uring here";
-  ASSERT_EQ(backend->resize_pool(256), 256U);
+  ASSERT_EQ(backend->resize_pool(256).frames, 256U);
   const auto rings = descriptors("io_uring");
   ASSERT_EQ(rings.size(), 1U);
   submit(*backend, to_pool, {{0, 0, 1}});

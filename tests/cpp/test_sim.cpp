@@ -39,19 +39,25 @@ SimOptions simple_machine() {
 
 std::unique_ptr<SimBackend> open(const SimOptions& options) {
   auto sim = open_sim(options);
-  EXPECT_EQ(sim->resize_pool(options.pool_frames), options.pool_frames);
+  EXPECT_EQ(sim->resize_pool(options.pool_frames).frames, options.pool_frames);
   return sim;
 }
 
 // ---- conformance --------------------------------------------------------------------------------
 
-struct CallerComputes {
+struct Simulated {
+  static void launch(Backend& backend, ComputeStream stream, std::function<void()> body) {
+    dynamic_cast<SimBackend&>(backend).launch(stream, {1'000'000}, std::move(body));
+  }
+};
+
+struct CallerComputes : Simulated {
   static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
     return open_sim(options_for(device_frames, pool_frames));
   }
 };
 
-struct StreamsCompute {
+struct StreamsCompute : Simulated {
   static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
     SimOptions options = options_for(device_frames, pool_frames);
     options.streams = true;
@@ -63,6 +69,43 @@ struct StreamsCompute {
 
 INSTANTIATE_TYPED_TEST_SUITE_P(Sim, BackendConformance, CallerComputes);
 INSTANTIATE_TYPED_TEST_SUITE_P(SimStreams, BackendConformance, StreamsCompute);
+
+// ---- what is known of tickets
+// ----------------------------------------------------------------------
+
+TEST(SimTickets, FailuresAreNotRememberedForEver) {
+  SimOptions options = simple_machine();
+  options.faults.failed = 1;
+  const auto sim = open(options);
+  std::vector<Ticket> failed;
+  for (int i = 0; i < 3000; ++i) {
+    failed.push_back(submit(*sim, to_pool, {{0, 0, 1}}));
+    ASSERT_EQ(collect(*sim, 1).size(), 1U);
+  }
+  sim->set_faults({});
+  submit(*sim, to_device, {{1, 0, 1}}, {after(failed.back())});
+  EXPECT_EQ(collect(*sim, 1).at(0).status, Status::failed);
+  submit(*sim, to_device, {{1, 0, 1}}, {after(failed.front())});
+  EXPECT_TRUE(is_ok(collect(*sim, 1).at(0)));
+}
+
+TEST(SimTickets, APoolThatGrowsSlowlySaysWhen) {
+  SimOptions options = simple_machine();
+  options.pool_growth_ns = 5000;
+  const auto sim = open_sim(options);
+  PoolSize size = sim->resize_pool(8);
+  EXPECT_TRUE(size.pending);
+  EXPECT_EQ(size.frames, 0U);
+  EXPECT_THROW(submit(*sim, to_pool, {{0, 0, 1}}), LogicError);
+  sim->wait(4999);
+  EXPECT_TRUE(sim->resize_pool(8).pending);
+  sim->wait(forever);
+  EXPECT_EQ(sim->now(), 5000);
+  size = sim->resize_pool(8);
+  EXPECT_FALSE(size.pending);
+  EXPECT_EQ(size.frames, 8U);
+  EXPECT_TRUE(is_ok(finish(*sim, to_pool, {{0, 7, 1}})));
+}
 
 // ---- time ---------------------------------------------------------------------------------------
 
@@ -179,7 +222,7 @@ TEST(SimStream, FencesHoldCopiesBack) {
   fill(*sim, 1, 2);
   bool intact = false;
   sim->launch({}, {5000}, [&] { intact = holds(*sim, 1, 2); });
-  const Fence fence = sim->record({});
+  const Fence fence = sim->record({}, Timing::unwanted);
   EXPECT_GT(fence.id, 0U);
   submit(*sim, to_device, {{1, 0, 1}}, {{fence, {}}});
   submit(*sim, to_device, {{2, 0, 1}});
@@ -189,7 +232,7 @@ TEST(SimStream, FencesHoldCopiesBack) {
   EXPECT_EQ(all[1].began, began + 5000);
   EXPECT_TRUE(intact);
   EXPECT_TRUE(holds(*sim, 1, 1));
-  EXPECT_EQ(sim->record({}).id, 0U) << "nothing is ahead";
+  EXPECT_EQ(sim->record({}, Timing::unwanted).id, 0U) << "nothing is ahead";
 }
 
 TEST(SimStream, WithoutTheFenceTheReaderSeesIt) {
@@ -208,7 +251,7 @@ TEST(SimStream, WaitsForATicket) {
   fill(*sim, 0, 1);
   const Ticket write = submit(*sim, to_pool, {{0, 0, 1}});
   const Ticket load = submit(*sim, to_device, {{1, 0, 1}}, {after(write)});
-  sim->depend({}, load);
+  sim->depend({}, after(load));
   bool there = false;
   sim->launch({}, {30}, [&] { there = holds(*sim, 1, 1); });
   sim->synchronize({});
@@ -298,12 +341,12 @@ TEST(SimFaults, GrowthMayBeRefused) {
   SimOptions options = simple_machine();
   options.faults.refused_growth = 2;
   const auto sim = open_sim(options);
-  EXPECT_EQ(sim->resize_pool(10), 10U);
-  EXPECT_EQ(sim->resize_pool(20), 10U);
+  EXPECT_EQ(sim->resize_pool(10).frames, 10U);
+  EXPECT_EQ(sim->resize_pool(20).frames, 10U);
   EXPECT_NE(sim->pool_refusal(), "");
-  EXPECT_EQ(sim->resize_pool(20), 20U);
+  EXPECT_EQ(sim->resize_pool(20).frames, 20U);
   EXPECT_EQ(sim->pool_refusal(), "");
-  EXPECT_EQ(sim->resize_pool(4000), 2048U);
+  EXPECT_EQ(sim->resize_pool(4000).frames, 2048U);
   EXPECT_NE(sim->pool_refusal().find("2048"), std::string::npos);
 }
 
@@ -393,9 +436,9 @@ TEST(SimBytes, FramesInFlightCannotBeGivenBack) {
   const auto sim = open(simple_machine());
   submit(*sim, to_pool, {{10, 20, 2}});
   EXPECT_THROW(sim->resize_device(11), LogicError);
-  EXPECT_THROW(sim->resize_pool(21), LogicError);
+  EXPECT_THROW(sim->resize_pool(21).frames, LogicError);
   EXPECT_EQ(sim->resize_device(12), 12U);
-  EXPECT_EQ(sim->resize_pool(22), 22U);
+  EXPECT_EQ(sim->resize_pool(22).frames, 22U);
 }
 
 // A machine of 1 TiB of device memory and 8 of pool, in frames of 1 MiB.

@@ -15,53 +15,74 @@
 
 namespace pie {
 
-// Direction of a copy. Tickets are numbered monotonically within their lane.
-enum class Lane : std::uint8_t { pool_to_device, device_to_pool };
+// A frame of a tier, and as many after it as somebody says.
+struct Place {
+  Tier tier = Tier::device;
+  FrameIndex first = no_frame;
+};
 
-// Handle of a submitted batch of copies. Value 0 is "none".
+// Moves `count` adjacent frames from one tier to another.
+struct Copy {
+  Place from;
+  Place to;
+  std::uint32_t count = 0;
+};
+
+// The ways between tiers. All copies of a ticket go the same way, which is the ticket's lane.
+enum class Lane : std::uint8_t { pool_to_device, device_to_pool, disk_to_pool, pool_to_disk };
+inline constexpr std::size_t lane_count = 4;
+
+// Handle of a submitted batch of copies, numbered monotonically within its lane. Value 0 is "none".
 struct Ticket {
   Lane lane = Lane::pool_to_device;
   std::uint64_t id = 0;
   friend bool operator==(const Ticket&, const Ticket&) = default;
 };
 
-// "Everything the compute stream has been given so far." Value 0 has always passed.
+// "Everything a compute stream has been given so far." Value 0 has always passed.
 struct Fence {
   std::uint64_t id = 0;
+  friend bool operator==(const Fence&, const Fence&) = default;
 };
+
+// Whether the time at which a fence passes is wanted: then it comes as a completion.
+enum class Timing : std::uint8_t { unwanted, wanted };
 
 // The caller's compute stream: an opaque number, a vendor's handle only inside a backend.
 struct ComputeStream {
   std::uintptr_t handle = 0;
+  friend bool operator==(const ComputeStream&, const ComputeStream&) = default;
 };
 
-// Moves `count` adjacent frames from one tier to the other; the lane says which way.
-struct Copy {
-  FrameIndex device_first = no_frame;
-  FrameIndex pool_first = no_frame;
-  std::uint32_t count = 0;
-};
-
-// What a batch of copies must wait for.
+// What a batch of copies, or a stream, must wait for.
 struct Dep {
   Fence fence;
   Ticket ticket;
 };
 
+// The contents of one device frame to another.
+struct Duplicate {
+  FrameIndex from = no_frame;
+  FrameIndex to = no_frame;
+};
+
 enum class Status : std::uint8_t { ok, failed, corrupt };
 
-// A batch of copies has ended. `error` is an errno value where `status` is not ok.
+// A batch of copies has ended, or a fence whose time was wanted has passed (then `ticket` is none).
+// `error` is an errno value where `status` is not ok.
 struct Completion {
   Ticket ticket;
+  Fence fence;
   Status status = Status::ok;
   int error = 0;
   Nanos began = 0;
   Nanos ended = 0;
 };
 
-// What a simulator needs to know of a piece of computation; ignored elsewhere.
-struct Work {
-  Nanos duration_ns = 0;
+// How many frames of the pool are usable, and whether more are on their way.
+struct PoolSize {
+  std::uint32_t frames = 0;
+  bool pending = false;
 };
 
 struct Capabilities {
@@ -92,30 +113,42 @@ class Backend {
   [[nodiscard]] virtual Nanos now() const = 0;
 
   // Makes frames [0, frames) of a tier usable, and gives what lies behind the others back to the
-  // system; no copy may touch those. Returns how many are usable now, which may be fewer: a growth
-  // that cannot be had is refused, what runs goes on. `pool_refusal` says why the pool's was. All
-  // device frames are usable from the start, no pool frame is.
+  // system; no copy may touch those. Says how many are usable now, which may be fewer: a growth
+  // that cannot be had is refused, what runs goes on. `pool_refusal` says why the pool's was. A
+  // pool may also be slow to grow: then more frames come to be usable later, `wait` returns when
+  // they do, and the same call again says how many. All device frames are usable from the start, no
+  // pool frame is.
   virtual std::uint32_t resize_device(std::uint32_t frames) = 0;
-  virtual std::uint32_t resize_pool(std::uint32_t frames) = 0;
+  virtual PoolSize resize_pool(std::uint32_t frames) = 0;
   [[nodiscard]] virtual std::string pool_refusal() const = 0;
 
   // Starts copies that are disjoint and unordered among themselves, once every `after` has passed.
-  // Never blocks. Refuses (LogicError) frames out of range and a Dep that was never submitted.
-  virtual Ticket submit(Lane lane, std::span<const Copy> copies, std::span<const Dep> after) = 0;
+  // Never blocks. Refuses (LogicError) no copy at all, copies of several lanes, frames out of range
+  // and a Dep that was never submitted. A ticket that waits for one that fails, fails with it; so
+  // does one that is submitted long after that, up to a thousand failures of the lane later.
+  //
+  // A lane may serve its tickets in turn. That cannot stop for ever: what a ticket or a stream
+  // waits for was submitted or recorded before it, so the oldest of all waits for nothing.
+  virtual Ticket submit(std::span<const Copy> copies, std::span<const Dep> after) = 0;
 
-  // Writes ended tickets to `out`, each once, and returns how many. Never blocks.
+  // Writes ended tickets and passed fences to `out`, each once, and returns how many. Never blocks.
   virtual std::size_t poll(std::span<Completion> out) = 0;
 
-  // Returns when a completion is there to poll or `timeout_ns` has passed: the only call in which
-  // time passes. Returns at once when nothing is in flight.
+  // Returns when a completion is there to poll, the pool has grown, or `timeout_ns` has passed: the
+  // only call in which time passes. Returns at once when nothing is under way.
   virtual void wait(Nanos timeout_ns) = 0;
 
-  virtual Fence record(ComputeStream stream) = 0;
-  virtual void depend(ComputeStream stream, Ticket ticket) = 0;
-  virtual void compute(ComputeStream stream, Work work) = 0;
+  // A fence behind everything that `stream` has been given so far.
+  virtual Fence record(ComputeStream stream, Timing timing) = 0;
 
-  // Copies what a device frame holds to another, in the order of the stream.
-  virtual void duplicate(ComputeStream stream, FrameIndex from, FrameIndex to) = 0;
+  // What `stream` is given from now on happens after `dep`: a ticket, or a fence of any stream.
+  // Refuses one that was never submitted; where the calling thread computes, also one that has not
+  // passed, since it is the caller who must wait.
+  virtual void depend(ComputeStream stream, const Dep& dep) = 0;
+
+  // Copies what device frames hold to others, in the order of the stream. The targets are in no
+  // other of these pairs.
+  virtual void duplicate(ComputeStream stream, std::span<const Duplicate> frames) = 0;
 
   // Start of a device frame. Frames of a run are `frame_stride` apart.
   [[nodiscard]] virtual std::byte* address(FrameIndex device_frame) const = 0;

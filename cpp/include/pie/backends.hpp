@@ -88,6 +88,7 @@ struct SimOptions {
   std::uint32_t device_frames_max = 0;  // resize_device gives no more; 0: device_frames
   std::uint32_t pool_frames = 0;
   std::uint32_t pool_frames_max = 0;  // resize_pool gives no more; 0: pool_frames
+  Nanos pool_growth_ns = 0;           // until frames that the pool grows by are usable
   Bytes frame_bytes = 0;
   Bytes copy_bytes_best = 0;  // in Capabilities; 0: what a load's link moves in eight overheads
   SimLink load;
@@ -109,11 +110,18 @@ struct SimCounts {
   std::uint64_t frames = 0;
 };
 
+// A piece of computation: how long it takes.
+struct Work {
+  Nanos duration_ns = 0;
+};
+
 // Time passes in `wait`, in `synchronize`, and where the caller computes in `compute` and `launch`.
 // It throws LogicError for two copies that use a frame at once and are not ordered by `after`,
 // unless both only read it.
 class SimBackend : public Backend {
  public:
+  virtual void compute(ComputeStream stream, Work work) = 0;
+
   // Work with an effect: `body` runs when it is done. It must not call the backend.
   virtual void launch(ComputeStream stream, Work work, std::function<void()> body) = 0;
 

@@ -15,8 +15,8 @@ using Bytes = std::uint64_t;
 using Nanos = std::int64_t;
 
 // Where a frame lies. `device` is what attention reads at full speed, `pool` the capacity behind
-// it.
-enum class Tier : std::uint8_t { device, pool };
+// it, `disk` what may lie behind a pool in memory.
+enum class Tier : std::uint8_t { device, pool, disk };
 
 using SequenceId = std::uint64_t;
 

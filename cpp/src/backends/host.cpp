@@ -1,7 +1,7 @@
 // The host backend: the CPU computes, an arena in RAM is the device tier, a file on disk the pool.
 //
-// Here copies are queued, ordered after what they must wait for, cut into segments and counted
-// until they end; segment_io.hpp moves the bytes. Whatever is ready goes to the kernel inside
+// Here copies are cut into segments and counted until they end; ledger.hpp orders them,
+// segment_io.hpp moves the bytes. Whatever is ready goes to the kernel inside
 // submit, poll and wait, reads before writes. A batch that waits for another does not hold up later
 // ones.
 //
@@ -15,14 +15,12 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
-#include <deque>
-#include <limits>
-#include <map>
 #include <system_error>
 #include <utility>
 #include <vector>
 
 #include "checksum.hpp"
+#include "ledger.hpp"
 #include "pie/backends.hpp"
 #include "pie/error.hpp"
 #include "pool_file.hpp"
@@ -117,26 +115,19 @@ class Arena {
   std::byte* start_ = nullptr;
 };
 
-// One submitted batch of copies, from `submit` until its last segment has ended.
-struct Batch {
-  std::vector<Copy> copies;
-  std::vector<Ticket> after;  // unfinished when last looked at
+// How far a ticket is.
+struct Progress {
   std::size_t copy_next = 0;  // what has been started: all copies before this one,
   Bytes copy_done = 0;        // and so many bytes of it
   std::uint32_t in_flight = 0;
-  int error = 0;  // the first; what has not been started by then never is
-  Nanos began = 0;
-  Nanos ended = 0;
-
-  [[nodiscard]] bool all_started() const { return error != 0 || copy_next == copies.size(); }
+  bool ended = false;  // and about to be looked at
 };
+using Tickets = Ledger<Progress>;
 
-struct LaneState {
-  std::uint64_t issued = 0;             // id of the newest ticket
-  std::map<std::uint64_t, Batch> live;  // by ticket id, so in order of submission
-  std::map<std::uint64_t, int> failed;  // error of each ticket that failed, for those after it
-  std::uint32_t in_flight = 0;          // segments
-};
+// An error ends a batch early: what has not been started by then never is.
+bool all_started(const Tickets::Entry& entry) {
+  return entry.completion.error != 0 || entry.work.copy_next == entry.copies.size();
+}
 
 constexpr std::array lanes_by_urgency = {Lane::pool_to_device, Lane::device_to_pool};
 
@@ -167,51 +158,57 @@ class HostBackend final : public Backend {
   std::uint32_t resize_device(std::uint32_t frames) override {
     const Bytes stride = capabilities_.frame_stride;
     const std::uint32_t asked = std::min(frames, capabilities_.device_frames_max);
-    require(!is_in_flight(asked, no_frame), "resize_device: a copy uses a frame to give up");
+    require(!tickets_.reaches(Tier::device, asked),
+            "resize_device: a copy uses a frame to give up");
     if (asked < device_frames_) arena_->give_back(asked * stride, device_frames_ * stride);
     if (asked <= device_frames_ || arena_->open(asked * stride)) device_frames_ = asked;
     return device_frames_;
   }
 
-  std::uint32_t resize_pool(std::uint32_t frames) override {
-    if (file_ == nullptr) return 0;
+  PoolSize resize_pool(std::uint32_t frames) override {
+    if (file_ == nullptr) return {};
     const Bytes stride = capabilities_.frame_stride;
     if (frames > pool_frames_) {
       const Bytes bytes = file_->grow(frames * stride);
       pool_frames_ = std::max(pool_frames_,
                               static_cast<std::uint32_t>(std::min<Bytes>(frames, bytes / stride)));
     } else if (frames < pool_frames_) {
-      require(!is_in_flight(no_frame, frames), "resize_pool: a copy uses a frame to give up");
+      require(!tickets_.reaches(Tier::pool, frames), "resize_pool: a copy uses a frame to give up");
       file_->shrink(frames * stride);
       pool_frames_ = frames;
     }
     checksums_.resize(pool_frames_);
-    return pool_frames_;
+    return {pool_frames_, false};
   }
 
   [[nodiscard]] std::string pool_refusal() const override {
     return file_ == nullptr ? "there is no pool: pool_bytes is 0" : file_->refusal();
   }
 
-  Ticket submit(Lane lane, std::span<const Copy> copies, std::span<const Dep> after) override;
+  Ticket submit(std::span<const Copy> copies, std::span<const Dep> after) override;
   std::size_t poll(std::span<Completion> out) override;
   void wait(Nanos timeout_ns) override;
 
   // Compute is on the calling thread: when it asks, all it was given before has passed.
-  Fence record(ComputeStream /*stream*/) override { return Fence{}; }
+  Fence record(ComputeStream /*stream*/, Timing timing) override {
+    if (timing == Timing::unwanted) return {};
+    const Fence fence = tickets_.record(timing);
+    tickets_.pass(fence, now());
+    return fence;
+  }
 
   // The stream cannot be made to wait here, since it is the caller.
-  void depend(ComputeStream /*stream*/, Ticket ticket) override {
-    require(was_issued(ticket), "depend: waits for a ticket that was never submitted");
+  void depend(ComputeStream /*stream*/, const Dep& dep) override {
+    tickets_.require_issued(dep, "depend: waits for a fence or ticket that was never submitted");
     pump();
-    require(!is_live(ticket),
+    require(tickets_.has_passed(dep),
             "depend: here the calling thread computes; wait for the ticket first");
   }
 
-  void compute(ComputeStream /*stream*/, Work /*work*/) override {}
-
-  void duplicate(ComputeStream /*stream*/, FrameIndex from, FrameIndex to) override {
-    std::memcpy(address(to), address(from), capabilities_.frame_stride);
+  void duplicate(ComputeStream /*stream*/, std::span<const Duplicate> frames) override {
+    for (const auto& [from, to] : frames) {
+      std::memcpy(address(to), address(from), capabilities_.frame_stride);
+    }
   }
 
   [[nodiscard]] std::byte* address(FrameIndex device_frame) const override {
@@ -231,37 +228,17 @@ class HostBackend final : public Backend {
   }
 
  private:
-  LaneState& state(Lane lane) { return lanes_[static_cast<std::size_t>(lane)]; }
-  [[nodiscard]] const LaneState& state(Lane lane) const {
-    return lanes_[static_cast<std::size_t>(lane)];
-  }
-
-  [[nodiscard]] bool is_live(Ticket ticket) const {
-    const auto is_this = [&](const auto& ended) { return ended.first == ticket; };
-    return state(ticket.lane).live.contains(ticket.id) || std::ranges::any_of(ended_, is_this);
-  }
-
-  [[nodiscard]] bool idle() const {
-    return std::ranges::all_of(lanes_, [](const LaneState& lane) { return lane.live.empty(); });
-  }
-
-  [[nodiscard]] bool was_issued(Ticket ticket) const {
-    return ticket.id <= state(ticket.lane).issued;
-  }
-
-  void require_in_range(const Copy& copy) const;
-  [[nodiscard]] bool is_in_flight(FrameIndex device_from, FrameIndex pool_from) const;
+  void require_possible(const Copy& copy) const;
   template <typename Visitor>
-  void for_each_frame(const Batch& batch, const Visitor& visitor) const;
-  void note_checksums(const Batch& batch);
-  [[nodiscard]] bool is_as_written(const Batch& batch) const;
+  void for_each_frame(const Tickets::Entry& entry, const Visitor& visitor) const;
+  void note_checksums(const Tickets::Entry& entry);
+  [[nodiscard]] bool is_as_written(const Tickets::Entry& entry) const;
   void pump();
   void account();
   void start_ready(Lane lane);
-  bool is_held(Batch& batch) const;
-  void start_segments(Ticket ticket, Batch& batch);
-  void end(Ticket ticket, Batch batch);
-  void complete(Ticket ticket, const Batch& batch);
+  void start_segments(Tickets::Entry& entry);
+  void end(Tickets::Entry& entry);
+  void complete(Ticket ticket);
 
   const Capabilities capabilities_;
   std::shared_ptr<const Arena> arena_;
@@ -270,66 +247,46 @@ class HostBackend final : public Backend {
   std::unique_ptr<SegmentIo> io_;  // goes first: it waits for transfers in the arena and the file
   std::uint32_t pool_frames_ = 0;  // usable now
   std::vector<std::uint64_t> checksums_;  // by pool frame, of what was last written; 0: nothing was
-  std::array<LaneState, 2> lanes_;
-  std::vector<std::pair<Ticket, Batch>> ended_;  // empty between calls
-  std::deque<Completion> completions_;           // not yet polled
-  std::vector<SegmentEnd> segment_ends_;         // empty between calls; kept for its memory
+  Tickets tickets_;
+  std::array<std::uint32_t, lane_count> in_flight_{};  // segments, by lane
+  std::vector<Ticket> ended_;                          // empty between calls
+  std::vector<SegmentEnd> segment_ends_;               // empty between calls; kept for its memory
 };
 
-void HostBackend::require_in_range(const Copy& copy) const {
-  require(copy.device_first < device_frames_ && copy.count <= device_frames_ - copy.device_first,
+void HostBackend::require_possible(const Copy& copy) const {
+  require(copy.from.tier != Tier::disk && copy.to.tier != Tier::disk,
+          "submit: this backend has no disk behind its pool: its pool is on disk");
+  const FrameIndex device = first_in(Tier::device, copy);
+  require(device < device_frames_ && copy.count <= device_frames_ - device,
           "submit: a copy reaches beyond the device frames there are");
-  require(copy.pool_first < pool_frames_ && copy.count <= pool_frames_ - copy.pool_first,
+  const FrameIndex pool = first_in(Tier::pool, copy);
+  require(pool < pool_frames_ && copy.count <= pool_frames_ - pool,
           "submit: a copy reaches beyond the pool frames that resize_pool has made usable");
 }
 
-// Whether a copy uses a device frame or a pool frame at or above these.
-bool HostBackend::is_in_flight(FrameIndex device_from, FrameIndex pool_from) const {
-  const auto reaches = [&](const Copy& copy) {
-    return copy.device_first + copy.count > device_from || copy.pool_first + copy.count > pool_from;
-  };
-  return std::ranges::any_of(lanes_, [&](const LaneState& lane) {
-    return std::ranges::any_of(lane.live, [&](const auto& live) {
-      return std::ranges::any_of(live.second.copies, reaches);
-    });
-  });
-}
-
-Ticket HostBackend::submit(Lane lane, std::span<const Copy> copies, std::span<const Dep> after) {
+Ticket HostBackend::submit(std::span<const Copy> copies, std::span<const Dep> after) {
   require(io_ != nullptr, "submit: this backend was opened without a pool");
-  Batch batch;
   for (const Copy& copy : copies) {
-    require_in_range(copy);
-    if (copy.count > 0) batch.copies.push_back(copy);
+    if (copy.count > 0) require_possible(copy);
   }
-  for (const Dep& dep : after) {
-    require(dep.fence.id == 0, "submit: waits for a fence that was never recorded");
-    require(was_issued(dep.ticket), "submit: waits for a ticket that was never submitted");
-    if (dep.ticket.id != 0) batch.after.push_back(dep.ticket);
-  }
-  const Ticket ticket{lane, ++state(lane).issued};
-  state(lane).live.emplace(ticket.id, std::move(batch));
+  const Ticket ticket = tickets_.open(copies, after);
   pump();
   return ticket;
 }
 
 std::size_t HostBackend::poll(std::span<Completion> out) {
   pump();
-  const std::size_t count = std::min(out.size(), completions_.size());
-  const auto end = completions_.begin() + static_cast<std::ptrdiff_t>(count);
-  std::copy(completions_.begin(), end, out.begin());
-  completions_.erase(completions_.begin(), end);
-  return count;
+  return tickets_.poll(out);
 }
 
 // After a pump that ended nothing something is in flight, or nothing is left at all: the oldest
-// batch waits for none, so it was started.
+// ticket waits for none, so it was started.
 void HostBackend::wait(Nanos timeout_ns) {
   const Nanos began = clock_ns();
   for (;;) {
     pump();
     const Nanos left = timeout_ns - (clock_ns() - began);
-    if (!completions_.empty() || idle() || left <= 0) return;
+    if (tickets_.has_completions() || tickets_.is_idle() || left <= 0) return;
     io_->wait(std::min(left, wait_ns_max));
   }
 }
@@ -341,7 +298,7 @@ void HostBackend::pump() {
   account();
   for (const Lane lane : lanes_by_urgency) start_ready(lane);
   while (!ended_.empty()) {  // what waited for these may start, or fails with them
-    for (const auto& [ticket, batch] : ended_) complete(ticket, batch);
+    for (const Ticket ticket : ended_) complete(ticket);
     ended_.clear();
     for (const Lane lane : lanes_by_urgency) start_ready(lane);
   }
@@ -350,106 +307,91 @@ void HostBackend::pump() {
 void HostBackend::account() {
   io_->reap(segment_ends_);
   for (const SegmentEnd& segment : segment_ends_) {
-    LaneState& lane = state(segment.lane);
-    const auto found = lane.live.find(segment.ticket_id);
-    Batch& batch = found->second;
-    --lane.in_flight;
-    --batch.in_flight;
-    batch.ended = std::max(batch.ended, segment.ended);
-    if (batch.error == 0) batch.error = segment.error;
-    if (batch.in_flight > 0 || !batch.all_started()) continue;
-    end({segment.lane, segment.ticket_id}, std::move(batch));
-    lane.live.erase(found);
+    --in_flight_[static_cast<std::size_t>(segment.lane)];
+    Tickets::Entry& entry = tickets_.at({segment.lane, segment.ticket_id});
+    Completion& completion = entry.completion;
+    completion.ended = std::max(completion.ended, segment.ended);
+    if (completion.error == 0) completion.error = segment.error;
+    if (--entry.work.in_flight == 0 && all_started(entry)) end(entry);
   }
   segment_ends_.clear();
 }
 
-// Oldest first, past those that are held. Ends batches that have nothing to start and nothing in
-// flight: empty ones, and those that follow a failure.
+// Oldest first, past those that are held. Ends what has nothing to start and nothing in flight:
+// empty tickets, and those that follow a failure.
 void HostBackend::start_ready(Lane lane) {
-  auto& live = state(lane).live;
-  for (auto it = live.begin(); it != live.end();) {
-    if (state(lane).in_flight == in_flight_max(lane)) return;
-    auto& [id, batch] = *it;
-    if (!is_held(batch)) start_segments({lane, id}, batch);
-    if (!batch.after.empty() || batch.in_flight > 0 || !batch.all_started()) {
-      ++it;
-      continue;
-    }
-    batch.began = batch.ended = clock_ns();
-    end({lane, id}, std::move(batch));
-    it = live.erase(it);
+  for (auto& [id, entry] : tickets_.live(lane)) {
+    if (in_flight_[static_cast<std::size_t>(lane)] == in_flight_max(lane)) return;
+    if (entry.work.ended || tickets_.is_held(entry)) continue;
+    start_segments(entry);
+    if (entry.work.in_flight > 0 || !all_started(entry)) continue;
+    entry.completion.began = entry.completion.ended = clock_ns();
+    end(entry);
   }
 }
 
-// Whether the batch must still wait. Once something it waits for has failed it fails the same way.
-bool HostBackend::is_held(Batch& batch) const {
-  std::erase_if(batch.after, [&](Ticket ticket) {
-    if (is_live(ticket)) return false;
-    const auto& failed = state(ticket.lane).failed;
-    const auto found = failed.find(ticket.id);
-    if (found != failed.end() && batch.error == 0) batch.error = found->second;
-    return true;
-  });
-  if (batch.error != 0) batch.after.clear();
-  return !batch.after.empty();
-}
-
-void HostBackend::start_segments(Ticket ticket, Batch& batch) {
-  LaneState& lane = state(ticket.lane);
+void HostBackend::start_segments(Tickets::Entry& entry) {
+  const Ticket ticket = entry.completion.ticket;
+  std::uint32_t& in_flight = in_flight_[static_cast<std::size_t>(ticket.lane)];
   const Bytes stride = capabilities_.frame_stride;
-  while (!batch.all_started() && lane.in_flight < in_flight_max(ticket.lane)) {
-    const Copy& copy = batch.copies[batch.copy_next];
+  Progress& progress = entry.work;
+  while (!all_started(entry) && in_flight < in_flight_max(ticket.lane)) {
+    const Copy& copy = entry.copies[progress.copy_next];
     const Bytes total = copy.count * stride;
-    const Bytes bytes = std::min(segment_bytes, total - batch.copy_done);
-    if (batch.began == 0) {
-      batch.began = clock_ns();
-      if (ticket.lane == Lane::device_to_pool) note_checksums(batch);
+    const Bytes bytes = std::min(segment_bytes, total - progress.copy_done);
+    if (entry.completion.began == 0) {
+      entry.completion.began = clock_ns();
+      if (ticket.lane == Lane::device_to_pool) note_checksums(entry);
     }
-    io_->start({ticket.lane, arena_->start() + copy.device_first * stride + batch.copy_done,
-                copy.pool_first * stride + batch.copy_done, bytes, ticket.id});
-    ++batch.in_flight;
-    ++lane.in_flight;
-    batch.copy_done += bytes;
-    if (batch.copy_done < total) continue;
-    ++batch.copy_next;
-    batch.copy_done = 0;
+    io_->start({ticket.lane,
+                arena_->start() + first_in(Tier::device, copy) * stride + progress.copy_done,
+                first_in(Tier::pool, copy) * stride + progress.copy_done, bytes, ticket.id});
+    ++progress.in_flight;
+    ++in_flight;
+    progress.copy_done += bytes;
+    if (progress.copy_done < total) continue;
+    ++progress.copy_next;
+    progress.copy_done = 0;
   }
 }
 
-void HostBackend::end(Ticket ticket, Batch batch) { ended_.emplace_back(ticket, std::move(batch)); }
+void HostBackend::end(Tickets::Entry& entry) {
+  entry.work.ended = true;
+  ended_.push_back(entry.completion.ticket);
+}
 
-void HostBackend::complete(Ticket ticket, const Batch& batch) {
-  Status status = batch.error == 0 ? Status::ok : Status::failed;
-  int error = batch.error;
-  if (error == 0 && ticket.lane == Lane::pool_to_device && !is_as_written(batch)) {
-    status = Status::corrupt;
-    error = EBADMSG;
+void HostBackend::complete(Ticket ticket) {
+  Tickets::Entry& entry = tickets_.at(ticket);
+  Completion& completion = entry.completion;
+  if (completion.error == 0 && ticket.lane == Lane::pool_to_device && !is_as_written(entry)) {
+    completion.status = Status::corrupt;
+    completion.error = EBADMSG;
+  } else if (completion.error != 0 && completion.status == Status::ok) {
+    completion.status = Status::failed;
   }
-  if (error != 0) state(ticket.lane).failed.emplace(ticket.id, error);
-  completions_.push_back({ticket, status, error, batch.began, batch.ended});
+  tickets_.end(ticket);
 }
 
 template <typename Visitor>
-void HostBackend::for_each_frame(const Batch& batch, const Visitor& visitor) const {
-  for (const Copy& copy : batch.copies) {
+void HostBackend::for_each_frame(const Tickets::Entry& entry, const Visitor& visitor) const {
+  for (const Copy& copy : entry.copies) {
     for (std::uint32_t i = 0; i < copy.count; ++i) {
-      visitor(address(copy.device_first + i), copy.pool_first + i);
+      visitor(address(first_in(Tier::device, copy) + i), first_in(Tier::pool, copy) + i);
     }
   }
 }
 
 // At the start of a write and not at its submission: until then it may wait for what fills the
 // frames. From there to its end they do not change.
-void HostBackend::note_checksums(const Batch& batch) {
-  for_each_frame(batch, [&](const std::byte* frame, FrameIndex pool) {
+void HostBackend::note_checksums(const Tickets::Entry& entry) {
+  for_each_frame(entry, [&](const std::byte* frame, FrameIndex pool) {
     checksums_[pool] = checksum_of(frame, capabilities_.frame_stride);
   });
 }
 
-bool HostBackend::is_as_written(const Batch& batch) const {
+bool HostBackend::is_as_written(const Tickets::Entry& entry) const {
   bool same = true;
-  for_each_frame(batch, [&](const std::byte* frame, FrameIndex pool) {
+  for_each_frame(entry, [&](const std::byte* frame, FrameIndex pool) {
     const std::uint64_t written = checksums_[pool];
     same = same && (written == 0 || written == checksum_of(frame, capabilities_.frame_stride));
   });

@@ -15,10 +15,10 @@
 #include <map>
 #include <queue>
 #include <random>
-#include <set>
 #include <utility>
 #include <vector>
 
+#include "ledger.hpp"
 #include "pie/backends.hpp"
 #include "pie/error.hpp"
 #include "sim_frames.hpp"
@@ -27,15 +27,13 @@ namespace pie {
 
 namespace {
 
-// One submitted batch of copies, from `submit` until its last copy has ended.
-struct Batch {
-  std::vector<Copy> copies;
-  std::vector<Dep> after;  // that had not passed when last looked at
+// What becomes of a ticket.
+struct Fate {
   std::uint32_t left = 0;  // copies that have not ended
   bool begun = false;
   bool silent = false;
-  Completion completion;
 };
+using Tickets = Ledger<Fate>;
 
 // A copy that is under way, or queues for its lane.
 struct Flight {
@@ -46,9 +44,6 @@ struct Flight {
 
 struct LaneState {
   SimLink link;
-  std::uint64_t issued = 0;             // id of the newest ticket
-  std::map<std::uint64_t, Batch> live;  // by ticket id
-  std::map<std::uint64_t, Completion> failed;
   std::deque<Flight> queue;
   std::uint32_t flying = 0;   // copies that have started and not ended
   Nanos busy_until = 0;       // of the link
@@ -56,13 +51,14 @@ struct LaneState {
   SimCounts counts;
 };
 
-// What a stream has been given and has not done: a piece of work, a ticket to wait for, or a fence
+// What a stream has been given and has not done: a piece of work, something to wait for, or a fence
 // to let pass.
 struct Task {
+  enum class Kind : std::uint8_t { work, wait, fence };
+  Kind kind = Kind::work;
   Nanos duration_ns = 0;
   std::function<void()> body;
-  Ticket ticket;
-  Fence fence;
+  Dep dep;  // to wait for, or the fence
 };
 
 struct StreamState {
@@ -71,7 +67,7 @@ struct StreamState {
 };
 
 struct Event {
-  enum class Kind : std::uint8_t { arrival, end, work };
+  enum class Kind : std::uint8_t { arrival, end, work, growth };
   Nanos at = 0;
   std::uint64_t order = 0;  // of two at once, the one that was set first comes first
   Kind kind = Kind::end;
@@ -91,18 +87,18 @@ class Sim final : public SimBackend {
   [[nodiscard]] Nanos now() const override { return now_; }
 
   std::uint32_t resize_device(std::uint32_t frames) override;
-  std::uint32_t resize_pool(std::uint32_t frames) override;
+  PoolSize resize_pool(std::uint32_t frames) override;
   [[nodiscard]] std::string pool_refusal() const override { return refusal_; }
 
-  Ticket submit(Lane lane, std::span<const Copy> copies, std::span<const Dep> after) override;
-  std::size_t poll(std::span<Completion> out) override;
+  Ticket submit(std::span<const Copy> copies, std::span<const Dep> after) override;
+  std::size_t poll(std::span<Completion> out) override { return tickets_.poll(out); }
   void wait(Nanos timeout_ns) override;
 
-  Fence record(ComputeStream stream) override;
-  void depend(ComputeStream stream, Ticket ticket) override;
+  Fence record(ComputeStream stream, Timing timing) override;
+  void depend(ComputeStream stream, const Dep& dep) override;
   void compute(ComputeStream stream, Work work) override { launch(stream, work, nullptr); }
   void launch(ComputeStream stream, Work work, std::function<void()> body) override;
-  void duplicate(ComputeStream stream, FrameIndex from, FrameIndex to) override;
+  void duplicate(ComputeStream stream, std::span<const Duplicate> frames) override;
   void synchronize(ComputeStream stream) override;
 
   [[nodiscard]] std::byte* address(FrameIndex device_frame) const override {
@@ -123,31 +119,19 @@ class Sim final : public SimBackend {
   [[nodiscard]] const LaneState& state(Lane lane) const {
     return lanes_[static_cast<std::size_t>(lane)];
   }
-  [[nodiscard]] bool was_issued(Ticket ticket) const {
-    return ticket.id <= state(ticket.lane).issued;
-  }
-  [[nodiscard]] bool is_live(Ticket ticket) const {
-    return state(ticket.lane).live.contains(ticket.id);
-  }
-  [[nodiscard]] bool idle() const {
-    return std::ranges::all_of(lanes_, [](const LaneState& lane) { return lane.live.empty(); });
-  }
-
   double draw();  // [0, 1)
   bool chance(double probability) { return probability > 0 && draw() < probability; }
   void schedule(Event event);
 
-  void require_range(const Copy& copy) const;
-  [[nodiscard]] bool reaches(Tier tier, FrameIndex from) const;
+  void require_possible(const Copy& copy) const;
   [[nodiscard]] bool refuses_growth();
-  void draw_fate(Lane lane, Batch& batch);
+  void draw_fate(Tickets::Entry& entry);
 
-  bool is_held(Batch& batch) const;
-  void begin(Ticket ticket, Batch& batch);
+  void begin(Tickets::Entry& entry);
   void start_copies(Lane lane);
   void arrive(Flight flight);
   void land(const Flight& flight);
-  void end(Ticket ticket, const Batch& batch);
+  void end(Tickets::Entry& entry);
   bool run(std::uintptr_t handle, StreamState& stream);
   void settle();
   void happen();
@@ -159,13 +143,13 @@ class Sim final : public SimBackend {
   SimFrames frames_;
   std::uint32_t device_usable_;
   std::uint32_t pool_usable_ = 0;
+  std::uint32_t pool_coming_ = 0;  // frames that the pool will have once its growth is over
+  bool pool_grew_ = false;         // since somebody asked
   std::string refusal_;
-  std::array<LaneState, 2> lanes_;
+  Tickets tickets_;
+  std::array<LaneState, lane_count> lanes_;
   std::vector<Ticket> held_;  // in order of submission
-  std::deque<Completion> completions_;
   std::map<std::uintptr_t, StreamState> streams_;
-  std::uint64_t fences_issued_ = 0;
-  std::set<std::uint64_t> fences_ahead_;  // that have not passed
   std::priority_queue<Event, std::vector<Event>, std::greater<>> events_;
   std::uint64_t events_set_ = 0;
   std::uint64_t growths_ = 0;
@@ -216,17 +200,19 @@ Capabilities Sim::capabilities() const {
 double Sim::draw() { return static_cast<double>(random_() >> 11U) * 0x1p-53; }
 
 // What will become of a ticket is known when it is submitted.
-void Sim::draw_fate(Lane lane, Batch& batch) {
+void Sim::draw_fate(Tickets::Entry& entry) {
   ++submitted_;
+  Completion& completion = entry.completion;
   const bool named = faults_.failed_ticket > 0 && submitted_ >= faults_.failed_ticket &&
                      submitted_ < faults_.failed_ticket + faults_.failed_tickets;
   if (lost_ || named || chance(faults_.failed)) {
-    batch.completion.status = Status::failed;
-  } else if (lane == Lane::pool_to_device && chance(faults_.corrupt)) {
-    batch.completion.status = Status::corrupt;
+    completion.status = Status::failed;
+  } else if (completion.ticket.lane == Lane::pool_to_device && chance(faults_.corrupt)) {
+    completion.status = Status::corrupt;
   }
-  if (batch.completion.status != Status::ok) batch.completion.error = EIO;
-  batch.silent = chance(faults_.silent);
+  if (completion.status != Status::ok) completion.error = EIO;
+  entry.work.silent = chance(faults_.silent);
+  entry.work.left = static_cast<std::uint32_t>(entry.copies.size());
 }
 
 bool Sim::refuses_growth() {
@@ -242,87 +228,71 @@ std::uint32_t Sim::resize_device(std::uint32_t frames) {
   if (usable < device_usable_) {
     // As where memory is unmapped: not before what was given to the streams is done with it.
     for (auto& [handle, stream] : streams_) synchronize({handle});
-    require(!reaches(Tier::device, usable), "resize_device: a copy uses a frame that would go.");
+    require(!tickets_.reaches(Tier::device, usable),
+            "resize_device: a copy uses a frame that would go.");
     frames_.spoil(Tier::device, usable, device_usable_ - usable);
   }
   device_usable_ = usable;
   return usable;
 }
 
-std::uint32_t Sim::resize_pool(std::uint32_t frames) {
+PoolSize Sim::resize_pool(std::uint32_t frames) {
   refusal_.clear();
+  pool_grew_ = false;
   const std::uint32_t limit = most(options_.pool_frames, options_.pool_frames_max);
+  if (pool_coming_ > pool_usable_ && frames > pool_usable_) return {pool_usable_, true};
   if (frames > pool_usable_ && refuses_growth()) {
     refusal_ = "the simulated pool gives no more this time";
-    return pool_usable_;
+    return {pool_usable_, false};
   }
   const std::uint32_t usable = std::min(frames, limit);
   if (usable < frames) {
     refusal_ = "the simulated pool has " + std::to_string(limit) + " frames in all";
   }
+  pool_coming_ = usable;
+  if (usable > pool_usable_ && options_.pool_growth_ns > 0) {
+    schedule({now_ + options_.pool_growth_ns, 0, Event::Kind::growth, 0, {}});
+    return {pool_usable_, true};
+  }
   if (usable < pool_usable_) {
-    require(!reaches(Tier::pool, usable), "resize_pool: a copy uses a frame that would go.");
+    require(!tickets_.reaches(Tier::pool, usable),
+            "resize_pool: a copy uses a frame that would go.");
     frames_.spoil(Tier::pool, usable, pool_usable_ - usable);
   }
   pool_usable_ = usable;
-  return usable;
+  return {usable, false};
 }
 
-// Whether a copy that has not ended uses a frame of the tier from this one on.
-bool Sim::reaches(Tier tier, FrameIndex from) const {
-  return std::ranges::any_of(lanes_, [&](const LaneState& lane) {
-    return std::ranges::any_of(lane.live, [&](const auto& entry) {
-      return std::ranges::any_of(entry.second.copies, [&](const Copy& copy) {
-        return (tier == Tier::device ? copy.device_first : copy.pool_first) + copy.count > from;
-      });
-    });
-  });
-}
-
-void Sim::require_range(const Copy& copy) const {
-  require(copy.device_first < device_usable_ && copy.count <= device_usable_ - copy.device_first,
+void Sim::require_possible(const Copy& copy) const {
+  require(copy.from.tier != Tier::disk && copy.to.tier != Tier::disk,
+          "submit: the simulated machine has no disk");
+  const FrameIndex device = first_in(Tier::device, copy);
+  require(device < device_usable_ && copy.count <= device_usable_ - device,
           "submit: a copy reaches beyond the device frames there are");
-  require(copy.pool_first < pool_usable_ && copy.count <= pool_usable_ - copy.pool_first,
+  const FrameIndex pool = first_in(Tier::pool, copy);
+  require(pool < pool_usable_ && copy.count <= pool_usable_ - pool,
           "submit: a copy reaches beyond the pool frames that resize_pool has made usable");
 }
 
 // ---- tickets ------------------------------------------------------------------------------------
 
-Ticket Sim::submit(Lane lane, std::span<const Copy> copies, std::span<const Dep> after) {
-  Batch batch;
+Ticket Sim::submit(std::span<const Copy> copies, std::span<const Dep> after) {
   for (const Copy& copy : copies) {
-    require_range(copy);
-    if (copy.count > 0) batch.copies.push_back(copy);
+    if (copy.count > 0) require_possible(copy);
   }
-  for (const Dep& dep : after) {
-    require(dep.fence.id <= fences_issued_, "submit: waits for a fence that was never recorded");
-    require(was_issued(dep.ticket), "submit: waits for a ticket that was never submitted");
-    batch.after.push_back(dep);
-  }
-  draw_fate(lane, batch);
-  LaneState& to = state(lane);
-  const Ticket ticket{lane, ++to.issued};
-  batch.completion.ticket = ticket;
-  batch.left = static_cast<std::uint32_t>(batch.copies.size());
-  ++to.counts.tickets;
-  to.live.emplace(ticket.id, std::move(batch));
+  const Ticket ticket = tickets_.open(copies, after);
+  draw_fate(tickets_.at(ticket));
+  ++state(ticket.lane).counts.tickets;
   held_.push_back(ticket);
   settle();
   return ticket;
 }
 
-std::size_t Sim::poll(std::span<Completion> out) {
-  const std::size_t count = std::min(out.size(), completions_.size());
-  const auto end = completions_.begin() + static_cast<std::ptrdiff_t>(count);
-  std::copy(completions_.begin(), end, out.begin());
-  completions_.erase(completions_.begin(), end);
-  return count;
-}
-
 void Sim::wait(Nanos timeout_ns) {
   const Nanos forever = std::numeric_limits<Nanos>::max();
   const Nanos until = timeout_ns > forever - now_ ? forever : now_ + std::max<Nanos>(0, timeout_ns);
-  while (completions_.empty() && !idle()) {
+  const auto is_under_way = [&] { return !tickets_.is_idle() || pool_coming_ > pool_usable_; };
+  while (!tickets_.has_completions() && !pool_grew_ && is_under_way()) {
     require(!events_.empty(), "wait: what is in flight can never end.");
     if (events_.top().at > until) {
       now_ = until;
@@ -332,30 +302,16 @@ void Sim::wait(Nanos timeout_ns) {
   }
 }
 
-// Whether the batch must still wait. Once something it waits for has failed it fails the same way.
-bool Sim::is_held(Batch& batch) const {
-  std::erase_if(batch.after, [&](const Dep& dep) {
-    if (fences_ahead_.contains(dep.fence.id) || is_live(dep.ticket)) return false;
-    const auto& failed = state(dep.ticket.lane).failed;
-    const auto found = failed.find(dep.ticket.id);
-    if (found != failed.end() && batch.completion.status == Status::ok) {
-      batch.completion.status = found->second.status;
-      batch.completion.error = found->second.error;
-    }
-    return true;
-  });
-  return !batch.after.empty();
-}
-
-// Its copies queue for their lane; a batch without any has ended.
-void Sim::begin(Ticket ticket, Batch& batch) {
-  batch.completion.began = now_;
-  for (const Copy& copy : batch.copies) frames_.claim(ticket.lane, copy);
-  if (batch.copies.empty()) {
-    end(ticket, batch);
+// Its copies queue for their lane; a ticket without any has ended.
+void Sim::begin(Tickets::Entry& entry) {
+  const Ticket ticket = entry.completion.ticket;
+  entry.completion.began = now_;
+  for (const Copy& copy : entry.copies) frames_.claim(copy);
+  if (entry.copies.empty()) {
+    end(entry);
     return;
   }
-  for (const Copy& copy : batch.copies) state(ticket.lane).queue.push_back({ticket, copy, false});
+  for (const Copy& copy : entry.copies) state(ticket.lane).queue.push_back({ticket, copy, false});
   start_copies(ticket.lane);
 }
 
@@ -365,15 +321,13 @@ void Sim::start_copies(Lane lane) {
     Flight flight = from.queue.front();
     from.queue.pop_front();
     ++from.flying;
-    Batch& batch = from.live.at(flight.ticket.id);
-    if (!std::exchange(batch.begun, true)) batch.completion.began = now_;
+    Tickets::Entry& entry = tickets_.at(flight.ticket);
+    if (!std::exchange(entry.work.begun, true)) entry.completion.began = now_;
     if (options_.carry_bytes && draw() < 0.5) {
-      frames_.move(lane, flight.copy);
+      frames_.move(flight.copy);
       flight.moved = true;
     } else {
-      const bool load = lane == Lane::pool_to_device;
-      frames_.spoil(load ? Tier::device : Tier::pool,
-                    load ? flight.copy.device_first : flight.copy.pool_first, flight.copy.count);
+      frames_.spoil(flight.copy.to.tier, flight.copy.to.first, flight.copy.count);
     }
     const double jitter = from.link.jitter_ns > 0 ? draw() : 0;
     const double slow = chance(faults_.slow) ? faults_.slow_factor : 1;
@@ -400,61 +354,55 @@ void Sim::arrive(Flight flight) {
 // The copy's last byte has come: its targets hold what its fate says.
 void Sim::land(const Flight& flight) {
   const Lane lane = flight.ticket.lane;
-  const bool load = lane == Lane::pool_to_device;
   LaneState& from = state(lane);
-  Batch& batch = from.live.at(flight.ticket.id);
-  Completion& completion = batch.completion;
-  if (!load) {
+  Tickets::Entry& entry = tickets_.at(flight.ticket);
+  Completion& completion = entry.completion;
+  if (lane != Lane::pool_to_device) {
     frames_.set_rotten(flight.copy, chance(faults_.rotten));
   } else if (completion.status == Status::ok && frames_.is_rotten(flight.copy)) {
     completion.status = Status::corrupt;
     completion.error = EIO;
   }
-  if (completion.status == Status::ok && !flight.moved) frames_.move(lane, flight.copy);
-  if (batch.silent || completion.status == Status::corrupt) {
-    frames_.spoil(load ? Tier::device : Tier::pool,
-                  load ? flight.copy.device_first : flight.copy.pool_first, flight.copy.count);
+  if (completion.status == Status::ok && !flight.moved) frames_.move(flight.copy);
+  if (entry.work.silent || completion.status == Status::corrupt) {
+    frames_.spoil(flight.copy.to.tier, flight.copy.to.first, flight.copy.count);
   }
-  frames_.yield(lane, flight.copy);
+  frames_.yield(flight.copy);
   ++from.counts.copies;
   from.counts.frames += flight.copy.count;
   --from.flying;
-  if (--batch.left == 0) end(flight.ticket, batch);
+  if (--entry.work.left == 0) end(entry);
   start_copies(lane);
 }
 
-void Sim::end(Ticket ticket, const Batch& batch) {
-  LaneState& lane = state(ticket.lane);
-  Completion completion = batch.completion;
-  completion.ended = now_;
-  if (completion.status != Status::ok) lane.failed.emplace(ticket.id, completion);
-  lane.live.erase(ticket.id);
-  completions_.push_back(completion);
+void Sim::end(Tickets::Entry& entry) {
+  entry.completion.ended = now_;
+  tickets_.end(entry.completion.ticket);
 }
 
 // ---- streams ------------------------------------------------------------------------------------
 
-Fence Sim::record(ComputeStream stream) {
+Fence Sim::record(ComputeStream stream, Timing timing) {
   const auto found = streams_.find(stream.handle);
-  if (found == streams_.end() || found->second.tasks.empty()) return {};
-  const Fence fence{++fences_issued_};
-  fences_ahead_.insert(fence.id);
-  Task task;
-  task.fence = fence;
-  found->second.tasks.push_back(std::move(task));
+  const bool passed = found == streams_.end() || found->second.tasks.empty();
+  if (passed && timing == Timing::unwanted) return {};
+  const Fence fence = tickets_.record(timing);
+  if (passed) {
+    tickets_.pass(fence, now_);
+  } else {
+    found->second.tasks.push_back({Task::Kind::fence, 0, {}, {fence, {}}});
+  }
   return fence;
 }
 
-void Sim::depend(ComputeStream stream, Ticket ticket) {
-  require(was_issued(ticket), "depend: waits for a ticket that was never submitted");
+void Sim::depend(ComputeStream stream, const Dep& dep) {
+  tickets_.require_issued(dep, "depend: waits for a fence or ticket that was never submitted");
   if (!options_.streams) {
-    require(!is_live(ticket),
+    require(tickets_.has_passed(dep),
             "depend: here the calling thread computes; wait for the ticket first");
     return;
   }
-  Task task;
-  task.ticket = ticket;
-  streams_[stream.handle].tasks.push_back(std::move(task));
+  streams_[stream.handle].tasks.push_back({Task::Kind::wait, 0, {}, dep});
   settle();
 }
 
@@ -464,17 +412,20 @@ void Sim::launch(ComputeStream stream, Work work, std::function<void()> body) {
     if (body) body();
     return;
   }
-  Task task;
-  task.duration_ns = work.duration_ns;
-  task.body = std::move(body);
-  streams_[stream.handle].tasks.push_back(std::move(task));
+  streams_[stream.handle].tasks.push_back(
+      {Task::Kind::work, work.duration_ns, std::move(body), {}});
   settle();
 }
 
 // Takes no time of its own: what matters is when it happens.
-void Sim::duplicate(ComputeStream stream, FrameIndex from, FrameIndex to) {
-  require(from < device_usable_ && to < device_usable_, "duplicate: no such device frame");
-  launch(stream, {}, [this, from, to] { frames_.duplicate(from, to); });
+void Sim::duplicate(ComputeStream stream, std::span<const Duplicate> frames) {
+  for (const auto& [from, to] : frames) {
+    require(from < device_usable_ && to < device_usable_, "duplicate: no such device frame");
+  }
+  std::vector<Duplicate> pairs(frames.begin(), frames.end());
+  launch(stream, {}, [this, pairs = std::move(pairs)] {
+    for (const auto& [from, to] : pairs) frames_.duplicate(from, to);
+  });
 }
 
 void Sim::synchronize(ComputeStream stream) {
@@ -487,13 +438,13 @@ bool Sim::run(std::uintptr_t handle, StreamState& stream) {
   bool any = false;
   while (!stream.tasks.empty() && !stream.working) {
     const Task& task = stream.tasks.front();
-    if (is_live(task.ticket)) break;
-    if (task.ticket.id == 0 && task.fence.id == 0) {
+    if (task.kind == Task::Kind::work) {
       stream.working = true;
       schedule({now_ + task.duration_ns, 0, Event::Kind::work, handle, {}});
       break;
     }
-    fences_ahead_.erase(task.fence.id);
+    if (task.kind == Task::Kind::wait && !tickets_.has_passed(task.dep)) break;
+    if (task.kind == Task::Kind::fence) tickets_.pass(task.dep.fence, now_);
     stream.tasks.pop_front();
     any = true;
   }
@@ -512,14 +463,13 @@ void Sim::settle() {
   for (bool any = true; std::exchange(any, false);) {
     for (auto& [handle, stream] : streams_) any = run(handle, stream) || any;
     for (std::size_t i = 0; i < held_.size();) {
-      const Ticket ticket = held_[i];
-      Batch& batch = state(ticket.lane).live.at(ticket.id);
-      if (is_held(batch)) {
+      Tickets::Entry& entry = tickets_.at(held_[i]);
+      if (tickets_.is_held(entry)) {
         ++i;
         continue;
       }
       held_.erase(held_.begin() + static_cast<std::ptrdiff_t>(i));
-      begin(ticket, batch);
+      begin(entry);
       any = true;
     }
   }
@@ -536,6 +486,9 @@ void Sim::happen() {
   }
   if (event.kind == Event::Kind::end) {
     land(event.flight);
+  } else if (event.kind == Event::Kind::growth) {
+    pool_usable_ = pool_coming_;
+    pool_grew_ = true;
   } else {
     StreamState& stream = streams_.at(event.stream);
     const Task task = std::move(stream.tasks.front());

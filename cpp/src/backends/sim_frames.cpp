@@ -15,16 +15,6 @@ namespace {
 // Not zero, which could be taken for something, and not a value that a test would write.
 constexpr int garbage = 0x7f;
 
-struct Range {
-  FrameIndex first;
-  bool written;  // by the copy; otherwise read
-};
-
-Range range_of(Tier tier, Lane lane, const Copy& copy) {
-  const bool device = tier == Tier::device;
-  return {device ? copy.device_first : copy.pool_first, device == (lane == Lane::pool_to_device)};
-}
-
 // Address space alone where no bytes are carried: touching it ends the process, and nothing is
 // taken from the machine.
 std::byte* map_arena(Bytes bytes, bool carry) {
@@ -55,33 +45,32 @@ SimFrames::SimFrames(std::uint32_t device_frames, std::uint32_t pool_frames, Byt
 
 SimFrames::~SimFrames() { ::munmap(arena_, arena_bytes_); }
 
-void SimFrames::claim(Lane lane, const Copy& copy) {
-  for (const Tier tier : {Tier::device, Tier::pool}) {
-    const Range range = range_of(tier, lane, copy);
-    for (std::uint32_t i = 0; i < copy.count; ++i) {
-      std::int32_t& users = users_[static_cast<std::size_t>(tier)][range.first + i];
-      require(users == 0 || (users > 0 && !range.written),
-              "submit: a frame is in two copies at once, and one of them writes to it.");
-      users = range.written ? -1 : users + 1;
-    }
+std::int32_t& SimFrames::users(const Place& place, std::uint32_t i) {
+  return users_[static_cast<std::size_t>(place.tier)][place.first + i];
+}
+
+std::byte* SimFrames::at(const Place& place) {
+  return place.tier == Tier::device ? device(place.first) : pool(place.first);
+}
+
+void SimFrames::claim(const Copy& copy) {
+  for (std::uint32_t i = 0; i < copy.count; ++i) {
+    require(users(copy.from, i) >= 0 && users(copy.to, i) == 0,
+            "submit: a frame is in two copies at once, and one of them writes to it.");
+    ++users(copy.from, i);
+    users(copy.to, i) = -1;
   }
 }
 
-void SimFrames::yield(Lane lane, const Copy& copy) {
-  for (const Tier tier : {Tier::device, Tier::pool}) {
-    const Range range = range_of(tier, lane, copy);
-    for (std::uint32_t i = 0; i < copy.count; ++i) {
-      std::int32_t& users = users_[static_cast<std::size_t>(tier)][range.first + i];
-      users = range.written ? 0 : users - 1;
-    }
+void SimFrames::yield(const Copy& copy) {
+  for (std::uint32_t i = 0; i < copy.count; ++i) {
+    --users(copy.from, i);
+    users(copy.to, i) = 0;
   }
 }
 
-void SimFrames::move(Lane lane, const Copy& copy) {
-  if (!carry_) return;
-  const bool load = lane == Lane::pool_to_device;
-  std::memcpy(load ? device(copy.device_first) : pool(copy.pool_first),
-              load ? pool(copy.pool_first) : device(copy.device_first), copy.count * bytes_);
+void SimFrames::move(const Copy& copy) {
+  if (carry_) std::memcpy(at(copy.to), at(copy.from), copy.count * bytes_);
 }
 
 void SimFrames::duplicate(FrameIndex from, FrameIndex to) {
@@ -94,11 +83,11 @@ void SimFrames::spoil(Tier tier, FrameIndex first, std::uint32_t count) {
 }
 
 void SimFrames::set_rotten(const Copy& copy, bool rotten) {
-  std::fill_n(rotten_.begin() + copy.pool_first, copy.count, rotten);
+  std::fill_n(rotten_.begin() + copy.to.first, copy.count, rotten);
 }
 
 bool SimFrames::is_rotten(const Copy& copy) const {
-  const auto first = rotten_.begin() + copy.pool_first;
+  const auto first = rotten_.begin() + copy.from.first;
   return std::find(first, first + copy.count, true) != first + copy.count;
 }
 

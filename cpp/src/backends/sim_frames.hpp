@@ -23,18 +23,21 @@ class SimFrames {
 
   // From `claim` to `yield` a copy's frames are in use. Throws LogicError where another uses one of
   // them and not both only read it.
-  void claim(Lane lane, const Copy& copy);
-  void yield(Lane lane, const Copy& copy);
+  void claim(const Copy& copy);
+  void yield(const Copy& copy);
 
-  void move(Lane lane, const Copy& copy);
+  void move(const Copy& copy);
   void duplicate(FrameIndex from, FrameIndex to);                // on the device
   void spoil(Tier tier, FrameIndex first, std::uint32_t count);  // they are garbage from now on
 
-  // Rotten frames of the pool are those that no load can read.
+  // Rotten frames of the pool are those that no load can read: what a write left, what a load
+  // meets.
   void set_rotten(const Copy& copy, bool rotten);
   [[nodiscard]] bool is_rotten(const Copy& copy) const;
 
  private:
+  [[nodiscard]] std::int32_t& users(const Place& place, std::uint32_t i);
+  [[nodiscard]] std::byte* at(const Place& place);
   [[nodiscard]] std::byte* pool(FrameIndex frame) { return pool_.data() + frame * bytes_; }
 
   Bytes bytes_;  // of a frame
