@@ -5,6 +5,7 @@
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <exception>
 #include <map>
 #include <utility>
 #include <vector>
@@ -204,7 +205,14 @@ class TieredCache::Impl {
     }
   }
 
-  ~Impl() { scheduler_.drain(); }
+  // The backend waits for its own transfers when it goes; what it throws here nobody could catch.
+  ~Impl() {
+    try {
+      scheduler_.drain();
+    } catch (...) {
+      broken_ = "it could not be drained.";
+    }
+  }
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
 
@@ -238,6 +246,15 @@ class TieredCache::Impl {
       throw LogicError(std::string(call) +
                        ": a step is running; finish or abort it before this call.");
     }
+  }
+
+  // Whether a call may go on; throws what is known to have gone wrong since.
+  void require_whole() const {
+    if (broken_.empty()) return;
+    throw IoError(
+        "The backend failed while a step was taken back, so what the cache holds is not "
+        "known any more: " +
+        broken_ + " Close it and make a new one.");
   }
 
   void begin(std::span<const StepEntry> batch, Reader reader);
@@ -292,6 +309,8 @@ class TieredCache::Impl {
 
   std::atomic<bool> entered_ = false;
   bool in_step_ = false;
+  std::string broken_;       // why nothing is known any more; empty while all is
+  std::exception_ptr late_;  // from after the end of a step
   Reader reader_ = Reader::attend;
   std::vector<Growth> batch_;
   std::uint32_t next_layer_ = 0;
@@ -312,6 +331,7 @@ class TieredCache::Impl {
 
 void TieredCache::Impl::begin(std::span<const StepEntry> batch, Reader reader) {
   refuse_in_step("step");
+  if (late_ != nullptr) std::rethrow_exception(std::exchange(late_, nullptr));
   if (batch.empty()) throw LogicError("step: the batch is empty; give at least one sequence.");
   std::vector<Growth> growths;
   std::uint64_t tokens = 0;
@@ -325,6 +345,11 @@ void TieredCache::Impl::begin(std::span<const StepEntry> batch, Reader reader) {
     tokens += std::uint64_t{member.tokens} + entry.new_tokens;
   }
   refuse_twice(batch);
+  if (capabilities_.streams && reader != Reader::kernel) {
+    throw LogicError(
+        "step: the library's own attention, gathering and appending run on the calling thread, and "
+        "this backend's memory belongs to a compute stream: run the layers with a LayerKernel.");
+  }
   if (tokens > tokens_max) {
     throw LogicError("step: the batch would hold " + std::to_string(tokens) +
                      " tokens; one step serves at most " + std::to_string(tokens_max) + ".");
@@ -336,6 +361,8 @@ void TieredCache::Impl::begin(std::span<const StepEntry> batch, Reader reader) {
 
 void TieredCache::Impl::start() {
   const std::uint32_t staging = staging_frames();
+  began_ns_ = backend_->now();
+  stall_before_ns_ = scheduler_.stall_ns();
   try {
     begin_with(staging);
   } catch (const CapacityError&) {
@@ -345,12 +372,10 @@ void TieredCache::Impl::start() {
   in_step_ = true;
   next_layer_ = 0;
   scheduler_.set_visits(plan_visits(rows_per_wave_));
-  began_ns_ = backend_->now();
   decode_ = std::all_of(batch_.begin(), batch_.end(),
                         [](const Growth& growth) { return growth.new_tokens == 1; });
   if (decode_ && after_decode_) counters_.decode_ns += began_ns_ - ended_ns_;
   after_decode_ = false;
-  stall_before_ns_ = scheduler_.stall_ns();
   note_peaks();
 }
 
@@ -537,6 +562,11 @@ void TieredCache::Impl::finish() {
     throw;
   }
   in_step_ = false;
+  try {
+    scheduler_.look_ahead();
+  } catch (...) {
+    late_ = std::current_exception();  // the step is finished: the next one tells
+  }
   note_peaks();
   ended_ns_ = backend_->now();
   ++counters_.steps;
@@ -552,7 +582,13 @@ void TieredCache::Impl::abort() noexcept {
   if (!in_step_) return;
   in_step_ = false;
   after_decode_ = false;
-  scheduler_.abort();
+  try {
+    scheduler_.abort();
+  } catch (const std::exception& error) {
+    broken_ = error.what();
+  } catch (...) {
+    broken_ = "it threw something that is no exception.";
+  }
 }
 
 // ---- seeing it ----------------------------------------------------------------------------------
@@ -578,6 +614,7 @@ Stats TieredCache::Impl::stats() const {
   stats.streamed_bytes = scheduler_.transfers().loaded_frames() * stride;
   stats.written_bytes = scheduler_.transfers().written_frames() * stride;
   stats.retries = scheduler_.transfers().retries();
+  stats.failed_writes = scheduler_.transfers().failed_writes();
   stats.stall_ns = scheduler_.stall_ns();
   if (stats.decode_ns > 0) {
     const auto decode_ns = static_cast<double>(stats.decode_ns);
@@ -598,20 +635,19 @@ Stats TieredCache::Impl::stats() const {
 // What several sequences share counts once, what windows gave back not at all.
 Bytes TieredCache::Impl::kv_bytes() const {
   const BlockMap& map = scheduler_.map();
-  std::map<const Branch*, std::uint32_t> tails;  // tokens in a branch that ends in a partial block
+  std::map<const Branch*, std::uint32_t> held;  // tokens of each branch, by the longest sequence
   for (const auto& [id, sequence] : map.sequences()) {
-    if (sequence.path.empty()) continue;
-    const Branch* last = sequence.path.back();
-    std::uint32_t& tokens = tails[last];
-    tokens = std::max(tokens, sequence.tokens - last->first * geometry_.block_tokens);
+    for (const Branch* branch : sequence.path) {
+      const std::uint32_t from = branch->first * geometry_.block_tokens;
+      const std::uint32_t whole = branch->blocks() * geometry_.block_tokens;
+      std::uint32_t& tokens = held[branch];
+      tokens = std::max(tokens, std::min(whole, sequence.tokens - std::min(sequence.tokens, from)));
+    }
   }
   std::uint64_t tokens = 0;
-  for (const auto& [id, branch] : map.branches()) {
-    const auto tail = tails.find(&branch);
-    const bool whole = tail == tails.end() || branch.full == branch.blocks();
-    const std::uint32_t held = whole ? branch.blocks() * geometry_.block_tokens : tail->second;
-    for (const LayerBlocks& layer : branch.layers) {
-      tokens += held - std::min(held, layer.gone * geometry_.block_tokens);
+  for (const auto& [branch, count] : held) {
+    for (const LayerBlocks& layer : branch->layers) {
+      tokens += count - std::min(count, layer.gone * geometry_.block_tokens);
     }
   }
   return tokens * (geometry_.frame_bytes() / geometry_.block_tokens);
@@ -658,12 +694,16 @@ TieredCache::~TieredCache() {
 
 namespace {
 
+constexpr const char* forked =
+    "This cache belongs to the process that made it, and this is a forked child of that one: make "
+    "a "
+    "new cache here, or start the child by another way than fork.";
+
 template <typename Impl>
 Impl& open(const std::unique_ptr<Impl>& impl) {
   require(impl != nullptr, "The cache is closed.");
-  require(impl->process_.is_this(),
-          "This cache belongs to the process that made it, and this is a forked child of that one: "
-          "make a new cache here, or start the child by another way than fork.");
+  require(impl->process_.is_this(), forked);
+  impl->require_whole();
   return *impl;
 }
 
@@ -778,9 +818,9 @@ void TieredCache::check() const { open(impl_).scheduler_.check(); }
 void TieredCache::close() {
   if (impl_ == nullptr) return;
   {
-    Impl& impl = open(impl_);
-    const Impl::Entry entry(impl);
-    impl.abort();
+    require(impl_->process_.is_this(), forked);
+    const Impl::Entry entry(*impl_);
+    impl_->abort();
   }
   impl_.reset();
 }

@@ -332,8 +332,9 @@ void Scheduler::copy_block(const BlockKey& from, const BlockKey& to) {
 
 // What is next copied from the pool into either frame waits for it.
 void Scheduler::duplicate(FrameIndex from, FrameIndex to) {
-  backend_.duplicate(stream_, from, to);
-  const Fence fence = backend_.record(stream_);
+  const Duplicate pair{from, to};
+  backend_.duplicate(stream_, {&pair, 1});
+  const Fence fence = backend_.record(stream_, Timing::unwanted);
   transfers_.read_until(from, fence);
   transfers_.read_until(to, fence);
 }
@@ -354,7 +355,11 @@ void Scheduler::load_now(const BlockKey& key) {
 
 // ---- a layer ------------------------------------------------------------------------------------
 
+// What the earlier stream was given comes before what this one will be: so a fence of this one
+// stands for both.
 void Scheduler::set_stream(ComputeStream stream) {
+  if (stream == stream_) return;
+  backend_.depend(stream, {backend_.record(stream_, Timing::unwanted), {}});
   stream_ = stream;
   transfers_.set_stream(stream);
 }
@@ -511,7 +516,7 @@ void Scheduler::flush(LayerReader& reader) {
 // Ring blocks that were read leave; what is next copied into their frames waits for the readers.
 void Scheduler::release_read() {
   if (read_.empty()) return;
-  const Fence fence = backend_.record(stream_);
+  const Fence fence = backend_.record(stream_, Timing::unwanted);
   for (const Stretch& stretch : read_) {
     const LayerBlocks& layer = stretch.branch->layers[layer_];
     for (std::uint32_t b = stretch.begin; b < stretch.end; ++b) {
@@ -603,6 +608,10 @@ void Scheduler::finish() {
     growth.sequence->tokens += growth.new_tokens;
     growth.branch->full = growth.sequence->tokens / size - growth.branch->first;
   }
+}
+
+void Scheduler::look_ahead() {
+  const std::uint32_t size = geometry_.block_tokens;
   for (const Growth& growth : batch_) {
     Branch& branch = *growth.branch;
     const std::uint32_t tokens_before = growth.sequence->tokens - growth.new_tokens;
@@ -627,7 +636,8 @@ void Scheduler::finish() {
 }
 
 void Scheduler::abort() {
-  transfers_.read_until(backend_.record(stream_));  // whatever the layer that ran has come to
+  transfers_.read_until(
+      backend_.record(stream_, Timing::unwanted));  // whatever the layer that ran has come to
   collected_.clear();
   read_.clear();
   stop_prefetch();

@@ -149,7 +149,7 @@ void Scheduler::write_full(Branch& branch, std::uint32_t layer, std::uint32_t li
       frames.push_back(frame);
     }
     if (!frames.empty()) {
-      transfers_.write(branch, layer, first, frames);
+      transfers_.write(branch, layer, first, frames, !rescue && first >= blocks.streamed);
       if (blocks.written == first) blocks.written = b;
     } else if (blocks.blocks[b].state == BlockState::dirty) {
       return;
@@ -175,11 +175,21 @@ bool Scheduler::grow_pool(std::uint32_t frames) {
   const std::uint64_t step = pool_growth_bytes / capabilities_.frame_stride;
   const std::uint64_t want = std::max<std::uint64_t>(frames, pool.limit() + step);
   const auto target = static_cast<std::uint32_t>(std::min<std::uint64_t>(want, pool_frames_));
-  std::uint32_t usable = backend_.resize_pool(target);
-  if (usable < frames) usable = backend_.resize_pool(frames);  // the last of the disk
+  std::uint32_t usable = resize_pool(target, frames);
+  if (usable < frames) usable = resize_pool(frames, frames);  // the last of the disk
   usable = std::min(usable, pool_frames_);
   if (usable > pool.limit()) pool.set_limit(usable);
   return pool.limit() >= frames;
+}
+
+// Asks for `target` usable frames of the pool, and waits until there are `needed` where it is slow.
+std::uint32_t Scheduler::resize_pool(std::uint32_t target, std::uint32_t needed) {
+  PoolSize size = backend_.resize_pool(target);
+  while (size.pending && size.frames < needed) {
+    wait();
+    size = backend_.resize_pool(target);
+  }
+  return size.frames;
 }
 
 // Gives up the pool copies of blocks that the plan keeps on the device.
@@ -348,11 +358,12 @@ void Scheduler::drop_unseen() {
 
 void Scheduler::drop_front(Branch& branch, const LayerClass& layers, std::uint32_t end) {
   const std::uint32_t target = std::min(end, branch.full);
-  if (branch.layers[layers.layers.front()].gone >= target) return;
-  settle(branch);
   for (const std::uint32_t layer : layers.layers) {
     LayerBlocks& blocks = branch.layers[layer];
-    for (; blocks.gone < target; ++blocks.gone) map_.drop({&branch, layer, blocks.gone});
+    for (; blocks.gone < target; ++blocks.gone) {
+      while (blocks.blocks[blocks.gone].in_flight()) wait();
+      map_.drop({&branch, layer, blocks.gone});
+    }
     blocks.streamed = std::max(blocks.streamed, target);
     blocks.written = std::max(blocks.written, target);
   }
@@ -380,15 +391,39 @@ void Scheduler::resize(std::uint32_t device_frames, std::uint32_t pool_frames) {
                         " cannot hold the " + sized(plan.streamed() * capabilities_.frame_stride) +
                         " that the device cannot. Give more of either, or free a sequence.");
   }
+  const std::uint32_t device_before = map_.device().capacity();
+  const std::uint32_t pool_before = pool_frames_;
   grow_device(device_frames);
   if (pool_frames > pool_frames_) {
     map_.pool().resize(pool_frames, map_.pool().limit());
     pool_frames_ = pool_frames;
   }
   plan_ = std::move(plan);
+  try {
+    apply(plan_);
+    // The device goes last: what moves within the pool passes through it, and nothing of it must be
+    // asked for again where the pool cannot shrink.
+    if (pool_frames < pool_frames_) shrink_pool(pool_frames);
+    if (device_frames < map_.device().capacity()) shrink_device(device_frames);
+  } catch (const CapacityError&) {
+    restore(device_before, pool_before);
+    throw;
+  }
+}
+
+// Takes back what a resize that cannot be carried through has moved by then.
+void Scheduler::restore(std::uint32_t device_frames, std::uint32_t pool_frames) {
+  std::vector<BranchView> views;
+  plan_ = policy_->plan(snapshot(device_frames, pool_frames, views));
   apply(plan_);
+  const std::uint32_t limit = map_.pool().limit();
+  if (limit > pool_frames) {
+    shrink_pool(pool_frames);
+  } else {
+    map_.pool().resize(pool_frames, limit);
+    pool_frames_ = pool_frames;
+  }
   if (device_frames < map_.device().capacity()) shrink_device(device_frames);
-  if (pool_frames < pool_frames_) shrink_pool(pool_frames);
 }
 
 void Scheduler::grow_device(std::uint32_t frames) {
@@ -475,7 +510,7 @@ void Scheduler::move_down(const BlockKey& key) {
   if (frame == no_frame) {
     throw CapacityError("resize: the pool cannot shrink so far while so much is held.");
   }
-  transfers_.write(*key.branch, key.layer, key.block, {frame});
+  transfers_.write(*key.branch, key.layer, key.block, {frame}, false);
   settle(*key.branch);
   if (BlockMap::at(key).state != BlockState::clean) raise_error(*key.branch);
   map_.evict(key);

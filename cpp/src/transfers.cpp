@@ -17,24 +17,25 @@ constexpr std::uint32_t tries_max = 3;
 constexpr Nanos wait_ns_max = 1'000'000'000;
 
 std::uint64_t key_of(Ticket ticket) {
-  return ticket.id * 2 + (ticket.lane == Lane::device_to_pool ? 1 : 0);
+  return ticket.id * lane_count + static_cast<std::uint64_t>(ticket.lane);
 }
 
 // Merges blocks whose frames are adjacent in both tiers into one copy.
 std::vector<Copy> copies_of(const std::vector<Block>& blocks, std::uint32_t first,
-                            std::uint32_t count) {
+                            std::uint32_t count, Lane lane) {
   std::vector<Copy> copies;
   for (std::uint32_t i = first; i < first + count; ++i) {
-    const Block& block = blocks[i];
+    Place from{Tier::pool, blocks[i].pool};
+    Place to{Tier::device, blocks[i].device};
+    if (lane == Lane::device_to_pool) std::swap(from, to);
     if (!copies.empty()) {
       Copy& last = copies.back();
-      if (last.device_first + last.count == block.device &&
-          last.pool_first + last.count == block.pool) {
+      if (last.from.first + last.count == from.first && last.to.first + last.count == to.first) {
         ++last.count;
         continue;
       }
     }
-    copies.push_back({block.device, block.pool, 1});
+    copies.push_back({from, to, 1});
   }
   return copies;
 }
@@ -46,7 +47,8 @@ Transfers::Transfers(Backend& backend, BlockMap& map)
 
 void Transfers::submit(const Transfer& transfer) {
   const std::vector<Block>& blocks = transfer.branch->layers[transfer.layer].blocks;
-  const std::vector<Copy> copies = copies_of(blocks, transfer.first_block, transfer.count);
+  const std::vector<Copy> copies =
+      copies_of(blocks, transfer.first_block, transfer.count, transfer.lane);
   Dep after;
   if (transfer.lane == Lane::pool_to_device) {
     for (std::uint32_t i = 0; i < transfer.count; ++i) {
@@ -54,9 +56,9 @@ void Transfers::submit(const Transfer& transfer) {
       after.fence.id = std::max(after.fence.id, fence.id);
     }
   } else {
-    after.fence = backend_.record(stream_);
+    after.fence = backend_.record(stream_, Timing::unwanted);
   }
-  const Ticket ticket = backend_.submit(transfer.lane, copies, {&after, 1});
+  const Ticket ticket = backend_.submit(copies, {&after, 1});
   in_flight_.emplace(key_of(ticket), transfer);
 }
 
@@ -65,18 +67,27 @@ void Transfers::load(Branch& branch, std::uint32_t layer, std::uint32_t first_bl
   for (std::uint32_t i = 0; i < device.count; ++i) {
     map_.begin_load({&branch, layer, first_block + i}, device.first + i, ring);
   }
-  ++branch.in_flight;
-  submit({Lane::pool_to_device, &branch, layer, first_block, device.count, 1});
+  start({Lane::pool_to_device, &branch, layer, first_block, device.count});
 }
 
 void Transfers::write(Branch& branch, std::uint32_t layer, std::uint32_t first_block,
-                      const std::vector<FrameIndex>& pool_frames) {
+                      const std::vector<FrameIndex>& pool_frames, bool optional) {
   const auto count = static_cast<std::uint32_t>(pool_frames.size());
   for (std::uint32_t i = 0; i < count; ++i) {
     map_.begin_write({&branch, layer, first_block + i}, pool_frames[i]);
   }
-  ++branch.in_flight;
-  submit({Lane::device_to_pool, &branch, layer, first_block, count, 1});
+  start({Lane::device_to_pool, &branch, layer, first_block, count, optional});
+}
+
+// Where the backend throws, the blocks are as they were.
+void Transfers::start(const Transfer& transfer) {
+  try {
+    submit(transfer);
+  } catch (...) {
+    put_back(transfer);
+    throw;
+  }
+  ++transfer.branch->in_flight;
 }
 
 void Transfers::commit(const Transfer& transfer) {
@@ -90,8 +101,7 @@ void Transfers::commit(const Transfer& transfer) {
       {transfer.lane, transfer.branch, transfer.layer, transfer.first_block, transfer.count});
 }
 
-void Transfers::give_up(const Transfer& transfer, const Completion& completion) {
-  ++given_up_;
+void Transfers::put_back(const Transfer& transfer) {
   const bool load = transfer.lane == Lane::pool_to_device;
   for (std::uint32_t i = 0; i < transfer.count; ++i) {
     const BlockKey key{transfer.branch, transfer.layer, transfer.first_block + i};
@@ -99,6 +109,16 @@ void Transfers::give_up(const Transfer& transfer, const Completion& completion) 
   }
   LayerBlocks& layer = transfer.branch->layers[transfer.layer];
   if (!load) layer.written = std::min(layer.written, transfer.first_block);
+}
+
+void Transfers::give_up(const Transfer& transfer, const Completion& completion) {
+  ++given_up_;
+  put_back(transfer);
+  if (transfer.optional) {
+    ++failed_writes_;
+    return;
+  }
+  const bool load = transfer.lane == Lane::pool_to_device;
   std::string& error = transfer.branch->error;
   if (!error.empty()) return;
   ++troubled_;
@@ -122,13 +142,13 @@ void Transfers::end(const Completion& completion) {
   require(it != in_flight_.end(), "Transfers::land: a ticket ended that was never submitted.");
   Transfer transfer = it->second;
   in_flight_.erase(it);
+  --transfer.branch->in_flight;
   if (completion.status != Status::ok && transfer.tries < tries_max) {
     ++transfer.tries;
     ++retries_;
-    submit(transfer);
+    start(transfer);
     return;
   }
-  --transfer.branch->in_flight;
   if (completion.status == Status::ok) {
     commit(transfer);
   } else {

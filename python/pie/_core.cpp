@@ -74,6 +74,7 @@ nb::dict to_dict(const pie::Stats& stats) {
   dict["stall_fraction"] = stats.stall_fraction;
   dict["decode_tokens_per_s"] = stats.decode_tokens_per_s;
   dict["retries"] = stats.retries;
+  dict["failed_writes"] = stats.failed_writes;
   dict["sequences"] = stats.sequences;
   dict["block_tokens"] = stats.block_tokens;
   dict["resident_frames"] = stats.resident_frames;

@@ -2,6 +2,8 @@
 // failures and exhausted tiers. Contents are checked by the reference model throughout.
 #include <gtest/gtest.h>
 
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "reference_model.hpp"
@@ -331,6 +333,169 @@ TEST(Scheduler, StepsOutOfTurnAreRefused) {
   cache.close();
   cache.close();
   EXPECT_THROW(static_cast<void>(cache.add()), LogicError);
+}
+
+// ---- a backend that throws ----------------------------------------------------------------------
+
+// Throws from submit, or from wait, as often as it is told to.
+class Throwing final : public testing::ProxyBackend {
+ public:
+  using ProxyBackend::ProxyBackend;
+  Ticket submit(std::span<const Copy> copies, std::span<const Dep> after) override {
+    fail(submits_);
+    return ProxyBackend::submit(copies, after);
+  }
+  void wait(Nanos timeout_ns) override {
+    fail(waits_);
+    ProxyBackend::wait(timeout_ns);
+  }
+  void fail_submits(int times) { submits_ = times; }
+  void fail_waits(int times) { waits_ = times; }
+
+ private:
+  static void fail(int& times) {
+    if (times == 0) return;
+    --times;
+    throw std::runtime_error("the backend broke");
+  }
+  int submits_ = 0;
+  int waits_ = 0;
+};
+
+struct ThrowingModel {
+  explicit ThrowingModel(std::uint32_t device_frames, const std::string& policy = "fit") {
+    auto backend = std::make_unique<Throwing>(open_sim(options_for(3, device_frames, 1000)));
+    throwing = backend.get();
+    model = std::make_unique<testing::Model>(small_geometry(3), policy, std::move(backend));
+  }
+  void grow(SequenceId id, std::uint32_t tokens) const {
+    model->step({{id, tokens}}, Reader::attend, 3);
+  }
+  Throwing* throwing = nullptr;
+  std::unique_ptr<testing::Model> model;
+};
+
+TEST(SchedulerBackendThrows, FromSubmitLosesNothing) {
+  const ThrowingModel model(20);
+  const SequenceId id = model.model->add();
+  model.grow(id, 200);
+  for (int i = 0; i < 40; ++i) {
+    model.throwing->fail_submits(1 + i % 3);
+    for (bool done = false; !done;) {
+      try {
+        model.grow(id, 1);
+        done = true;
+      } catch (const std::runtime_error& error) {
+        EXPECT_STREQ(error.what(), "the backend broke");
+        if (model.model->cache().open_step().rows > 0) model.model->abort();
+      }
+      model.model->check();
+    }
+    model.throwing->fail_submits(0);
+  }
+  EXPECT_EQ(model.model->cache().length(id), 240U);
+}
+
+TEST(SchedulerBackendThrows, AfterTheEndOfAStepTheNextOneTells) {
+  const ThrowingModel model(100, "fixed:1");
+  const SequenceId id = model.model->add();
+  model.grow(id, 15);
+  model.throwing->fail_submits(1);
+  model.grow(id, 1);  // fills a block of each layer, which is then written behind
+  EXPECT_EQ(model.model->cache().length(id), 16U);
+  EXPECT_THROW(model.grow(id, 1), std::runtime_error);
+  model.grow(id, 1);
+  model.model->check();
+}
+
+TEST(SchedulerBackendThrows, FromWaitInAnAbortEndsTheCacheAndNotTheProcess) {
+  const ThrowingModel model(12, "fixed:1");
+  const SequenceId id = model.model->add();
+  model.grow(id, 100);
+  TieredCache& cache = model.model->cache();
+  model.model->begin({{id, 40}}, Reader::attend);
+  model.throwing->fail_waits(1'000'000);
+  EXPECT_THROW(model.model->layer(), std::runtime_error);
+  for (int i = 0; i < 2; ++i) {
+    try {
+      static_cast<void>(cache.length(id));
+      ADD_FAILURE() << "nobody knows what the cache holds";
+    } catch (const IoError& error) {
+      EXPECT_NE(std::string(error.what()).find("the backend broke"), std::string::npos);
+    }
+  }
+  cache.close();  // the backend waits by itself
+}
+
+// ---- writes that need not be --------------------------------------------------------------------
+
+TEST(Scheduler, AWriteBehindThatFailsStopsNoStep) {
+  SimOptions options = options_for(3, 40, 1000);
+  options.faults.failed = 1;
+  Model model(3, "fit", options);
+  const SequenceId id = model.add();
+  grow(model, id, 120);  // over half of the device: what fills is written behind
+  for (int i = 0; i < 40; ++i) grow(model, id, 1);
+  EXPECT_GT(model.cache().stats().failed_writes, 0U);
+  EXPECT_EQ(model.cache().stats().written_bytes, 0U);
+  model.sim().set_faults({});
+  for (int i = 0; i < 40; ++i) grow(model, id, 1);
+  EXPECT_GT(model.cache().stats().written_bytes, 0U) << "they are tried again";
+}
+
+TEST(Scheduler, FramesThatLeaveAWindowWaitForNoOther) {
+  Geometry geometry = small_geometry(2);
+  geometry.windows = {20, 0};
+  SimOptions options = small_machine(geometry, 60, 1000);
+  options.write.latency_ns = 1'000'000'000;  // what is written stays in flight for long
+  testing::Model model(geometry, "fixed:1", options);
+  const SequenceId id = model.add();
+  model.step({{id, 150}}, Reader::kernel, 2);
+  for (int i = 0; i < 10; ++i) model.step({{id, 1}}, Reader::kernel, 2);
+  // Now the block of tokens 144 to 159 is being written; that of 128 to 143 leaves the window.
+  const Nanos before = model.cache().stats().stall_ns;
+  for (int i = 0; i < 6; ++i) model.step({{id, 1}}, Reader::kernel, 2);
+  EXPECT_LT(model.cache().stats().stall_ns - before, 500'000'000);
+  model.check();
+}
+
+// ---- what is counted ----------------------------------------------------------------------------
+
+TEST(Scheduler, CountsWhatIsLeftAfterACutInsideTheLastFullBlock) {
+  Model model(3, "fit", options_for(3, 100, 100));
+  const SequenceId id = model.add();
+  grow(model, id, 64);
+  const Bytes token = 3 * small_geometry(1).frame_bytes() / 16;
+  EXPECT_EQ(model.cache().stats().kv_bytes, 64 * token);
+  model.truncate(id, 60);
+  EXPECT_EQ(model.cache().stats().kv_bytes, 60 * token);
+  grow(model, id, 1);
+  EXPECT_EQ(model.cache().stats().kv_bytes, 61 * token);
+}
+
+TEST(Scheduler, ADecodeStepIsStalledWhileItBegins) {
+  Model model(2, "fit", options_for(2, 12, 1000));
+  const SequenceId first = model.add();
+  const SequenceId second = model.add();
+  for (const SequenceId id : {first, second}) grow(model, id, 80);
+  grow(model, first, 1);  // has the other set aside
+  model.truncate(second, 70);
+  const Stats before = model.cache().stats();
+  grow(model, second, 1);
+  const Stats after = model.cache().stats();
+  EXPECT_GT(after.stall_ns, before.stall_ns);
+  EXPECT_EQ(after.decode_stall_ns - before.decode_stall_ns, after.stall_ns - before.stall_ns);
+}
+
+TEST(Scheduler, ComputesOnNoStreamItself) {
+  SimOptions options = options_for(2, 40, 100);
+  options.streams = true;
+  testing::Model model(small_geometry(2), "fit", options);
+  const SequenceId id = model.add();
+  for (const Reader reader : {Reader::attend, Reader::gather, Reader::pages}) {
+    EXPECT_THROW(model.begin({{id, 4}}, reader), LogicError);
+  }
+  model.step({{id, 4}}, Reader::kernel, 2);
 }
 
 }  // namespace

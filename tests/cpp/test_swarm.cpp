@@ -31,7 +31,8 @@ constexpr std::uint32_t tokens_max = 400;  // of a sequence; then it is cut or f
 struct Kind {
   bool faults = false;
   bool streams = false;
-  double silent = 0;  // see SimFaults
+  bool loses = false;  // the device, at some time
+  double silent = 0;   // see SimFaults
 };
 
 // What was seen, so that a kind of run can be asked whether it saw what it is about.
@@ -41,6 +42,8 @@ struct Tally {
   std::uint64_t capacity_errors = 0;
   std::uint64_t io_errors = 0;
   std::uint64_t resizes = 0;
+  std::uint64_t switches = 0;  // of the stream
+  std::uint64_t losses = 0;
   std::uint64_t streamed_frames = 0;
 };
 
@@ -123,12 +126,16 @@ class Run {
       ++tally_.capacity_errors;
       full_ = true;
       // Only what was asked for may be refused; what runs goes on unless the machine refuses room.
-      expect(asking_ || kind_.faults || broken_once_, std::string("in mid-step: ") + error.what());
-      expect(!fits_ || kind_.faults, std::string("there is room for all of it: ") + error.what());
+      expect(asking_ || kind_.faults || broken_once_ || lost_,
+             std::string("in mid-step: ") + error.what());
+      expect(!fits_ || kind_.faults || lost_,
+             std::string("there is room for all of it: ") + error.what());
     } catch (const IoError& error) {
       ++tally_.io_errors;
-      expect(kind_.faults || broken_ || broken_once_, std::string("no fault: ") + error.what());
-      expect(model_->salts().contains(error.sequence()), "an error of no sequence");
+      expect(kind_.faults || broken_ || broken_once_ || lost_,
+             std::string("no fault: ") + error.what());
+      expect(model_->salts().contains(error.sequence()) || (lost_ && error.sequence() == 0),
+             "an error of no sequence");
     } catch (const LogicError& error) {
       // A truncation that a window forbids.
       expect(truncating_, error.what());
@@ -137,6 +144,7 @@ class Run {
   }
 
   void go_on() {
+    if (kind_.loses && one_in(1500)) lose();
     if (one_in(60)) return model_->abort();
     if (model_->layer_next() < geometry_.layers) return model_->layer();
     model_->finish();
@@ -170,6 +178,11 @@ class Run {
       resize();
     } else if (act < 35) {
       set_broken(!broken_ && one_in(2));
+    } else if (act < 37 && kind_.streams) {
+      model_->set_stream({7 + pick(3)});
+      ++tally_.switches;
+    } else if (act == 37 && kind_.loses && one_in(20)) {
+      lose();
     } else {
       begin();
     }
@@ -182,6 +195,11 @@ class Run {
     model_->resize(std::max(geometry_.layers + 1, device / 2 + pick(device)),
                    std::max(1U, pool / 2 + pick(pool)));
     ++tally_.resizes;
+  }
+
+  void lose() {
+    model_->sim().lose();
+    if (!std::exchange(lost_, true)) ++tally_.losses;
   }
 
   void set_broken(bool broken) {
@@ -218,13 +236,14 @@ class Run {
   }
 
   // ---- the end: with the machine mended, everything is still there, and goes without a trace.
+  // What a lost device held is not, but goes as well.
   void wind_up() {
     if (model_->cache().open_step().rows > 0) model_->abort();
     model_->sim().set_faults({});
     while (!model_->salts().empty()) {
       const SequenceId id = model_->salts().begin()->first;
       batch_ = {{id, 1}};
-      for (int tries = 0; !read_once() && options_.faults.rotten == 0; ++tries) {
+      for (int tries = 0; !lost_ && !read_once() && options_.faults.rotten == 0; ++tries) {
         expect(tries < 20, "a sequence cannot be read though all is mended");
       }
       model_->free(id);
@@ -262,6 +281,7 @@ class Run {
   bool full_ = false;        // the last call was refused
   bool broken_ = false;
   bool broken_once_ = false;
+  bool lost_ = false;
 };
 
 std::unique_ptr<ProxyBackend> plain(std::unique_ptr<SimBackend> sim) {
@@ -308,7 +328,8 @@ Tally run_many(const Kind& kind) {
   std::cout << runs << " runs of " << operations << " operations, "
             << static_cast<std::uint64_t>(static_cast<double>(runs) / taken.count() * 60)
             << " a minute: " << tally.steps << " steps, " << tally.forks << " forks, "
-            << tally.resizes << " resizes, " << tally.streamed_frames << " frames streamed, "
+            << tally.resizes << " resizes, " << tally.switches << " switches of stream, "
+            << tally.losses << " lost devices, " << tally.streamed_frames << " frames streamed, "
             << tally.capacity_errors << " refused, " << tally.io_errors << " failed\n";
   return tally;
 }
@@ -325,6 +346,20 @@ TEST(Swarm, HoldsOnAMachineWithFaults) {
   EXPECT_GT(tally.io_errors, 0U);
 }
 
+TEST(Swarm, HoldsOnStreamsWithFaults) {
+  const Tally tally = run_many({.faults = true, .streams = true});
+  EXPECT_GT(tally.io_errors, 0U);
+  EXPECT_GT(tally.switches, 0U);
+}
+
+TEST(Swarm, HoldsWhereTheDeviceIsLost) {
+  for (const bool streams : {false, true}) {
+    const Tally tally = run_many({.streams = streams, .loses = true});
+    EXPECT_GT(tally.losses, 0U);
+    EXPECT_GT(tally.io_errors, 0U);
+  }
+}
+
 TEST(Swarm, HoldsWhereComputeRunsOnStreams) {
   const Tally tally = run_many({.streams = true});
   EXPECT_GT(tally.streamed_frames, 0U);
@@ -333,16 +368,16 @@ TEST(Swarm, HoldsWhereComputeRunsOnStreams) {
 // ---- canaries: what must be seen ----------------------------------------------------------------
 
 // Lets copies of one lane begin before the stream has come to where they may.
-template <Lane unfenced>
+template <Tier from>
 class WithoutFences final : public ProxyBackend {
  public:
   using ProxyBackend::ProxyBackend;
-  Ticket submit(Lane lane, std::span<const Copy> copies, std::span<const Dep> after) override {
+  Ticket submit(std::span<const Copy> copies, std::span<const Dep> after) override {
     std::vector<Dep> deps(after.begin(), after.end());
     for (Dep& dep : deps) {
-      if (lane == unfenced) dep.fence = {};
+      if (copies.front().from.tier == from) dep.fence = {};
     }
-    return ProxyBackend::submit(lane, copies, deps);
+    return ProxyBackend::submit(copies, deps);
   }
 };
 
@@ -350,9 +385,11 @@ class WithoutFences final : public ProxyBackend {
 class LosesWrites final : public ProxyBackend {
  public:
   using ProxyBackend::ProxyBackend;
-  Ticket submit(Lane lane, std::span<const Copy> copies, std::span<const Dep> after) override {
-    const bool lost = lane == Lane::device_to_pool && ++writes_ % 64 == 0;
-    return ProxyBackend::submit(lane, lost ? std::span<const Copy>{} : copies, after);
+  Ticket submit(std::span<const Copy> copies, std::span<const Dep> after) override {
+    Copy nothing = copies.front();
+    nothing.count = 0;
+    const bool lost = nothing.from.tier == Tier::device && ++writes_ % 64 == 0;
+    return ProxyBackend::submit(lost ? std::span<const Copy>{&nothing, 1} : copies, after);
   }
 
  private:
@@ -383,11 +420,11 @@ TEST(SwarmCanary, SeesDataThatChangeOnTheirWay) { expect_seen({.silent = 0.02}, 
 TEST(SwarmCanary, SeesWritesThatNeverArrive) { expect_seen({}, wrapped<LosesWrites>); }
 
 TEST(SwarmCanary, SeesLoadsIntoFramesThatAreRead) {
-  expect_seen({.streams = true}, wrapped<WithoutFences<Lane::pool_to_device>>);
+  expect_seen({.streams = true}, wrapped<WithoutFences<Tier::pool>>);
 }
 
 TEST(SwarmCanary, SeesWritesOfFramesThatAreNotFilled) {
-  expect_seen({.streams = true}, wrapped<WithoutFences<Lane::device_to_pool>>);
+  expect_seen({.streams = true}, wrapped<WithoutFences<Tier::device>>);
 }
 
 }  // namespace

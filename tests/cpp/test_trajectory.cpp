@@ -166,13 +166,13 @@ void random_history(Model& model, std::uint64_t seed) {
 TEST(Trajectory, ARandomHistoryThatStreamsWhatItMust) {
   Model model(small_geometry(3), "fit", orderly_machine(3, 40, 200));
   random_history(model, 1);
-  EXPECT_EQ(cost_of(model), (Cost{328057175, 228338090, 13570, 31705, 2743, 4400}));
+  EXPECT_EQ(cost_of(model), (Cost{326877915, 227158830, 13549, 31652, 2744, 4400}));
 }
 
 TEST(Trajectory, ARandomHistoryThatStreamsHalf) {
   Model model(small_geometry(3), "fixed:0.5", orderly_machine(3, 40, 200));
   random_history(model, 2);
-  EXPECT_EQ(cost_of(model), (Cost{306012540, 204446066, 13885, 23605, 3343, 4575}));
+  EXPECT_EQ(cost_of(model), (Cost{304774123, 203207649, 13849, 23543, 3343, 4575}));
 }
 
 // A link that fails now and then costs what it costs, and no more.
@@ -189,8 +189,8 @@ TEST(Trajectory, RetriesOnALinkThatFails) {
       ++failed;
     }
   }
-  EXPECT_EQ(failed, 2U);
-  EXPECT_EQ(cost_of(model), (Cost{13781714, 6781082, 570, 1965, 99, 111}));
+  EXPECT_EQ(failed, 1U);
+  EXPECT_EQ(cost_of(model), (Cost{14534611, 7397543, 606, 2108, 99, 115}));
 }
 
 }  // namespace

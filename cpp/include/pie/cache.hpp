@@ -86,9 +86,10 @@ struct Stats {
   Nanos decode_ns = 0;
   Nanos decode_stall_ns = 0;
   Nanos stall_ns = 0;
-  double stall_fraction = 0;       // decode_stall_ns / decode_ns
-  double decode_tokens_per_s = 0;  // decode_tokens / decode_ns
-  std::uint64_t retries = 0;       // transfers that failed and were tried again
+  double stall_fraction = 0;        // decode_stall_ns / decode_ns
+  double decode_tokens_per_s = 0;   // decode_tokens / decode_ns
+  std::uint64_t retries = 0;        // transfers that failed and were tried again
+  std::uint64_t failed_writes = 0;  // of what is on the device too: tried again in a later step
   std::uint32_t sequences = 0;
   std::uint32_t block_tokens = 0;
   std::uint32_t resident_frames = 0;

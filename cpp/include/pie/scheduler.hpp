@@ -100,8 +100,11 @@ class Scheduler {
   // transfer of a sequence of the batch; the step must then be aborted.
   void run_layer(std::uint32_t layer, LayerReader& reader);
 
-  // Advances the lengths, writes behind what the plan wants, prefetches for a next step like this.
+  // Advances the lengths. What it throws has changed nothing, and the step must be aborted.
   void finish();
+
+  // After `finish`: writes behind what the plan wants, prefetches for a next step like this.
+  void look_ahead();
 
   // Takes the appends of the step back.
   void abort();
@@ -211,8 +214,10 @@ class Scheduler {
   void write_full(Branch& branch, std::uint32_t layer, std::uint32_t limit, bool rescue = false);
   [[nodiscard]] FrameIndex take_pool_frame(LayerBlocks& layer, std::uint32_t needed, bool reclaim);
   [[nodiscard]] bool grow_pool(std::uint32_t frames);
+  std::uint32_t resize_pool(std::uint32_t target, std::uint32_t needed);
   [[nodiscard]] bool reclaim_pool();
 
+  void restore(std::uint32_t device_frames, std::uint32_t pool_frames);
   void grow_device(std::uint32_t frames);
   void shrink_device(std::uint32_t frames);
   void shrink_pool(std::uint32_t frames);

@@ -32,9 +32,10 @@ class Transfers {
   void load(Branch& branch, std::uint32_t layer, std::uint32_t first_block, FrameRun device,
             bool ring);
 
-  // Writes dirty blocks from `first_block` to `pool_frames`, one a frame, as one ticket.
+  // Writes dirty blocks from `first_block` to `pool_frames`, one a frame, as one ticket. Where it
+  // is `optional`, since the blocks stay on the device, a failure is counted and no error.
   void write(Branch& branch, std::uint32_t layer, std::uint32_t first_block,
-             const std::vector<FrameIndex>& pool_frames);
+             const std::vector<FrameIndex>& pool_frames, bool optional);
 
   // A device frame was read by everything given to the compute stream so far: what is next copied
   // into it waits for that.
@@ -56,6 +57,7 @@ class Transfers {
   [[nodiscard]] std::uint64_t written_frames() const { return written_frames_; }
   [[nodiscard]] std::uint64_t retries() const { return retries_; }
   [[nodiscard]] std::uint64_t given_up() const { return given_up_; }
+  [[nodiscard]] std::uint64_t failed_writes() const { return failed_writes_; }
 
   // Whether some branch has an error that was not taken yet.
   [[nodiscard]] bool troubled() const { return troubled_ > 0; }
@@ -73,12 +75,15 @@ class Transfers {
     std::uint32_t layer = 0;
     std::uint32_t first_block = 0;
     std::uint32_t count = 0;
-    std::uint32_t tries = 0;
+    bool optional = false;
+    std::uint32_t tries = 1;
   };
 
+  void start(const Transfer& transfer);
   void submit(const Transfer& transfer);
   void end(const Completion& completion);
   void commit(const Transfer& transfer);
+  void put_back(const Transfer& transfer);
   void give_up(const Transfer& transfer, const Completion& completion);
 
   Backend& backend_;
@@ -90,8 +95,9 @@ class Transfers {
   std::uint64_t loaded_frames_ = 0;
   std::uint64_t written_frames_ = 0;
   std::uint64_t retries_ = 0;
-  std::uint64_t given_up_ = 0;  // transfers that failed each time they were tried
-  std::uint32_t troubled_ = 0;  // branches with an error
+  std::uint64_t given_up_ = 0;       // transfers that failed each time they were tried,
+  std::uint64_t failed_writes_ = 0;  // and those of them that were optional
+  std::uint32_t troubled_ = 0;       // branches with an error
 };
 
 }  // namespace pie
