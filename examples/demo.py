@@ -68,8 +68,8 @@ def report(runs: list[Run], prompt_tokens: int) -> None:
         "": [run.title for run in runs],
         "prompt, tokens/s": [f"{prompt_tokens / run.prompt_s:.0f}" for run in runs],
         "decode, tokens/s": [f"{(len(run.tokens) - 1) / run.decode_s:.1f}" for run in runs],
-        "prompt, slower by": [f"{run.prompt_s / runs[0].prompt_s - 1:.0%}" for run in runs],
-        "decode, slower by": [f"{run.decode_s / runs[0].decode_s - 1:.0%}" for run in runs],
+        "prompt, slower by": [f"{1 - runs[0].prompt_s / run.prompt_s:.0%}" for run in runs],
+        "decode, slower by": [f"{1 - runs[0].decode_s / run.decode_s:.0%}" for run in runs],
         "decode, stalled": [
             f"{run.stats['decode_stall_ns'] / 1e9 / run.decode_s:.1%}" for run in runs
         ],
