@@ -15,9 +15,9 @@
 #include <string>
 #include <vector>
 
+#include "frame_pool.hpp"
 #include "pie/backends.hpp"
 #include "pie/cache.hpp"
-#include "pie/frame_pool.hpp"
 
 namespace {
 

@@ -26,7 +26,7 @@
 
 #include "pie/backends.hpp"
 #include "pie/policy.hpp"
-#include "pie/scheduler.hpp"
+#include "scheduler.hpp"
 
 namespace {
 
@@ -68,7 +68,7 @@ double median(std::vector<double> values) {
 }
 
 // Marks every frame with its layer and block, and checks the mark when the frame is read.
-class Marker final : public pie::LayerReader {
+class Marker final : public pie::LayerKernel {
  public:
   Marker(std::uint32_t layer, std::uint32_t first_token, std::uint32_t block_tokens)
       : layer_(layer), first_token_(first_token), block_tokens_(block_tokens) {}
@@ -79,12 +79,13 @@ class Marker final : public pie::LayerReader {
     std::memcpy(frame, &mark, sizeof mark);
   }
 
-  void read(std::uint32_t layer, std::span<const pie::Piece> pieces) override {
-    for (const pie::Piece& piece : pieces) {
-      const auto& frames = piece.visit->sequence->path.front()->layers[layer].frames;
-      for (std::uint32_t b = piece.first_block; b < piece.end_block; ++b) {
+  void attend(std::uint32_t /*layer*/, std::span<const pie::KvPiece> pieces) override {
+    for (const pie::KvPiece& piece : pieces) {
+      const std::uint32_t first = piece.kv_begin / block_tokens_;
+      const std::uint32_t end = (piece.kv_end + block_tokens_ - 1) / block_tokens_;
+      for (std::uint32_t b = first; b < end; ++b) {
         std::uint64_t mark = 0;
-        std::memcpy(&mark, frames[b], sizeof mark);
+        std::memcpy(&mark, piece.frames[b - first], sizeof mark);
         if (mark != mark_of(b)) throw std::runtime_error("a frame came back wrong");
       }
     }
@@ -113,6 +114,7 @@ Nanos step(pie::Backend& backend, pie::Scheduler& scheduler, pie::Sequence& sequ
     scheduler.run_layer(layer, marker);
   }
   scheduler.finish();
+  scheduler.look_ahead();
   return backend.now() - began;
 }
 

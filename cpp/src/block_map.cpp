@@ -1,5 +1,5 @@
 // The transitions of BlockMap, each checked for its source state, and the conservation laws.
-#include "pie/block_map.hpp"
+#include "block_map.hpp"
 
 #include <algorithm>
 #include <utility>

@@ -7,14 +7,15 @@
 #include <cstring>
 #include <exception>
 #include <map>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #include "built_in_kernels.hpp"
-#include "pie/backends.hpp"
 #include "pie/error.hpp"
-#include "pie/scheduler.hpp"
 #include "process.hpp"
+#include "resolve.hpp"
+#include "scheduler.hpp"
 
 namespace pie {
 
@@ -31,89 +32,6 @@ constexpr Bytes scratch_bytes = Bytes{64} << 10;
 // Counts of tokens are 32 bits wide; no sum of them in one step comes near that.
 constexpr std::uint64_t tokens_max = 1ULL << 31;
 
-void check_geometry(const Geometry& geometry) {
-  const auto positive = [](std::uint32_t value, const char* name) {
-    if (value == 0) throw ConfigError(std::string(name) + " is 0: it must be at least 1.");
-  };
-  positive(geometry.layers, "num_layers");
-  positive(geometry.kv_heads, "num_kv_heads");
-  if (geometry.head_dim == 0 || geometry.head_dim % 8 != 0 || geometry.head_dim > 256) {
-    throw ConfigError("head_dim is " + std::to_string(geometry.head_dim) +
-                      ": it must be a multiple of 8 from 8 to 256.");
-  }
-  if (geometry.block_tokens == 0 || geometry.block_tokens % granule_tokens != 0) {
-    throw ConfigError("block_tokens is " + std::to_string(geometry.block_tokens) +
-                      ": it must be a positive multiple of " + std::to_string(granule_tokens) +
-                      ".");
-  }
-  if (!geometry.windows.empty() && geometry.windows.size() != geometry.layers) {
-    throw ConfigError("windows has " + std::to_string(geometry.windows.size()) +
-                      " entries: give one for each of the " + std::to_string(geometry.layers) +
-                      " layers, or none.");
-  }
-}
-
-// Device frames that one sequence needs to gain a token: its partial blocks and a ring.
-std::uint64_t least_frames(const Geometry& geometry) { return std::uint64_t{geometry.layers} + 1; }
-
-HostOptions host_options(const CacheOptions& options, const Geometry& geometry) {
-  HostOptions host;
-  host.frame_bytes = geometry.frame_bytes();
-  host.device_bytes = options.device_bytes;
-  host.pool_bytes = options.pool_bytes;
-  host.pool_dir = options.pool_dir;
-  host.pool_io = options.pool_io;
-  host.device_memory = options.device_memory;
-  return host;
-}
-
-// Large blocks make large copies and small tables, but every sequence holds one partial block a
-// layer: take the largest that leaves room for the partial blocks of some 16 sequences.
-std::uint32_t choose_block_tokens(const CacheOptions& options) {
-  constexpr std::uint64_t sequences = 16;
-  Geometry geometry = options.geometry;
-  for (const std::uint32_t tokens : {64U, 32U}) {
-    geometry.block_tokens = tokens;
-    if (3 * sequences * least_frames(geometry) *
-            host_frame_stride(host_options(options, geometry)) <=
-        options.device_bytes) {
-      return tokens;
-    }
-  }
-  return granule_tokens;
-}
-
-Geometry resolve(const CacheOptions& options) {
-  Geometry geometry = options.geometry;
-  if (geometry.block_tokens == 0) {
-    geometry.block_tokens = granule_tokens;
-    check_geometry(geometry);
-    geometry.block_tokens = choose_block_tokens(options);
-  }
-  check_geometry(geometry);
-  return geometry;
-}
-
-std::unique_ptr<Backend> open_backend(const CacheOptions& options, const Geometry& geometry) {
-  const HostOptions host = host_options(options, geometry);
-  const Bytes stride = host_frame_stride(host);
-  const Bytes least = least_frames(geometry) * stride;
-  if (options.device_bytes < least) {
-    throw ConfigError(
-        "device_bytes is " + std::to_string(options.device_bytes) +
-        ", which cannot hold one step of one sequence: the partial block of each of " +
-        std::to_string(geometry.layers) + " layers and a ring take " + std::to_string(least) +
-        " bytes with blocks of " + std::to_string(geometry.block_tokens) +
-        " tokens. Give at least that.");
-  }
-  if (options.pool_bytes > 0 && options.pool_bytes < stride) {
-    throw ConfigError("pool_bytes is " + std::to_string(options.pool_bytes) +
-                      ", less than one block of one layer (" + std::to_string(stride) +
-                      " bytes). Give more, or 0 for no pool.");
-  }
-  return open_host(host);
-}
-
 void refuse_twice(std::span<const StepEntry> batch) {
   std::vector<SequenceId> ids;
   for (const StepEntry& entry : batch) ids.push_back(entry.sequence);
@@ -123,72 +41,14 @@ void refuse_twice(std::span<const StepEntry> batch) {
   throw LogicError("step: sequence " + std::to_string(*twice) + " is in the batch twice.");
 }
 
-// Gives a kernel of the facade the pieces that the scheduler finds ready.
-class PieceReader final : public LayerReader {
- public:
-  PieceReader(std::uint32_t block_tokens, LayerKernel& kernel)
-      : block_tokens_(block_tokens), kernel_(kernel) {}
-
-  void store(std::byte* frame, std::uint32_t token, std::uint32_t rows,
-             std::uint32_t row) override {
-    kernel_.store(frame, token, rows, row);
-  }
-
-  void read(std::uint32_t layer, std::span<const Piece> pieces) override {
-    std::size_t frames = 0;
-    for (const Piece& piece : pieces) frames += piece.end_block - piece.first_block;
-    joined_.resize(frames);
-    given_.clear();
-    const std::byte** room = joined_.data();
-    for (const Piece& piece : pieces)
-      given_.push_back(describe(piece, frames_of(piece, layer, room)));
-    kernel_.attend(layer, given_);
-  }
-
- private:
-  // The frames of a piece, where they are listed already, or joined in `room` where the piece
-  // reaches over several branches.
-  static const std::byte* const* frames_of(const Piece& piece, std::uint32_t layer,
-                                           const std::byte**& room) {
-    const std::vector<Branch*>& path = piece.visit->sequence->path;
-    auto at = path.end() - 1;
-    while ((*at)->first > piece.first_block) --at;
-    if ((*at)->end() >= piece.end_block) {
-      return (*at)->layers[layer].frames.data() + (piece.first_block - (*at)->first);
-    }
-    const std::byte* const* joined = room;
-    for (std::uint32_t b = piece.first_block; b < piece.end_block; b = (*at++)->end()) {
-      const auto& frames = (*at)->layers[layer].frames;
-      const std::uint32_t end = std::min(piece.end_block, (*at)->end());
-      room =
-          std::copy(frames.data() + (b - (*at)->first), frames.data() + (end - (*at)->first), room);
-    }
-    return joined;
-  }
-
-  [[nodiscard]] KvPiece describe(const Piece& piece, const std::byte* const* frames) const {
-    const Visit& visit = *piece.visit;
-    KvPiece given;
-    given.sequence = visit.sequence->id;
-    given.entry = visit.entry;
-    given.first_row = visit.first_row;
-    given.rows = visit.rows;
-    given.position = visit.position;
-    given.kv_begin = piece.first_block * block_tokens_;
-    given.kv_end = std::min(piece.end_block * block_tokens_, visit.kv_end());
-    given.frames = frames;
-    given.first = piece.first;
-    given.last = given.kv_end == visit.kv_end();
-    return given;
-  }
-
-  std::uint32_t block_tokens_;
-  LayerKernel& kernel_;
-  std::vector<const std::byte*> joined_;
-  std::vector<KvPiece> given_;
-};
-
 }  // namespace
+
+// Who is inside: one thread of the process that made the cache. Outlives what `close` gives back.
+struct TieredCache::Door {
+  Process process;
+  std::atomic<std::thread::id> inside;
+  std::atomic<bool> abort_owed = false;  // to a step that could not be taken back when it ended
+};
 
 class TieredCache::Impl {
  public:
@@ -216,23 +76,8 @@ class TieredCache::Impl {
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
 
-  // Held by every call: the cache belongs to one thread at a time.
-  class Entry {
-   public:
-    explicit Entry(Impl& impl) : impl_(impl) {
-      if (impl_.entered_.exchange(true)) {
-        throw LogicError("Two threads are inside one cache at once: it belongs to one at a time.");
-      }
-    }
-    ~Entry() { impl_.entered_ = false; }
-    Entry(const Entry&) = delete;
-    Entry& operator=(const Entry&) = delete;
-
-   private:
-    Impl& impl_;
-  };
-
   [[nodiscard]] Sequence& sequence(SequenceId id, const char* call) {
+    require_whole();
     Sequence* found = scheduler_.map().find(id);
     if (found == nullptr) {
       throw LogicError(std::string(call) + ": there is no sequence " + std::to_string(id) +
@@ -242,6 +87,7 @@ class TieredCache::Impl {
   }
 
   void refuse_in_step(const char* call) const {
+    require_whole();
     if (in_step_) {
       throw LogicError(std::string(call) +
                        ": a step is running; finish or abort it before this call.");
@@ -270,6 +116,7 @@ class TieredCache::Impl {
   FrameTable pages(std::uint32_t layer, const LayerInputs& inputs);
   void finish();
   void abort() noexcept;
+  void truncate(SequenceId id, std::uint32_t tokens);
   void resize(Bytes device_bytes, Bytes pool_bytes);
   [[nodiscard]] OpenStep open_step() const {
     return in_step_ ? OpenStep{total_rows(), next_layer_} : OpenStep{};
@@ -293,7 +140,6 @@ class TieredCache::Impl {
   std::unique_ptr<Backend> backend_;
   Capabilities capabilities_;
   Scheduler scheduler_;
-  Process process_;
 
  private:
   void take_turn(std::uint32_t layer, Reader reader, const char* call);
@@ -307,7 +153,6 @@ class TieredCache::Impl {
   [[nodiscard]] std::uint32_t total_rows() const;
   void note_peaks();
 
-  std::atomic<bool> entered_ = false;
   bool in_step_ = false;
   std::string broken_;       // why nothing is known any more; empty while all is
   std::exception_ptr late_;  // from after the end of a step
@@ -484,9 +329,8 @@ void TieredCache::Impl::take_turn(std::uint32_t layer, Reader reader, const char
 }
 
 void TieredCache::Impl::run_layer(std::uint32_t layer, LayerKernel& kernel) {
-  PieceReader reader(geometry_.block_tokens, kernel);
   try {
-    scheduler_.run_layer(layer, reader);
+    scheduler_.run_layer(layer, kernel);
   } catch (...) {
     abort();
     throw;
@@ -653,6 +497,17 @@ Bytes TieredCache::Impl::kv_bytes() const {
   return tokens * (geometry_.frame_bytes() / geometry_.block_tokens);
 }
 
+void TieredCache::Impl::truncate(SequenceId id, std::uint32_t tokens) {
+  refuse_in_step("truncate");
+  Sequence& member = sequence(id, "truncate");
+  if (tokens > member.tokens) {
+    throw LogicError("truncate: sequence " + std::to_string(id) + " has " +
+                     std::to_string(member.tokens) + " tokens, fewer than the " +
+                     std::to_string(tokens) + " asked for.");
+  }
+  scheduler_.truncate(member, tokens);
+}
+
 void TieredCache::Impl::resize(Bytes device_bytes, Bytes pool_bytes) {
   refuse_in_step("resize");
   const Bytes stride = capabilities_.frame_stride;
@@ -676,7 +531,58 @@ void TieredCache::Impl::resize(Bytes device_bytes, Bytes pool_bytes) {
 
 // ---- the facade ---------------------------------------------------------------------------------
 
-TieredCache::TieredCache(const CacheOptions& options) {
+namespace {
+
+enum class Kind : std::uint8_t { ask, change };
+using enum Kind;
+
+}  // namespace
+
+// One call's turn inside a cache. A kernel that runs inside may ask, but change nothing.
+class TieredCache::Turn {
+ public:
+  Turn(const TieredCache& cache, Kind kind) : door_(*cache.door_), nested_(enter(door_, kind)) {
+    try {
+      require(cache.impl_ != nullptr, "This cache is closed: make a new one.");
+      impl_ = cache.impl_.get();
+      if (!nested_ && door_.abort_owed.exchange(false)) impl_->abort();
+    } catch (...) {
+      leave();
+      throw;
+    }
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+  ~Turn() { leave(); }
+
+  Impl* operator->() const { return impl_; }
+
+ private:
+  static bool enter(Door& door, Kind kind) {
+    require(door.process.is_this(),
+            "This cache belongs to the process that made it, and this is a forked child of that "
+            "one: make a new cache here, or start the child by another way than fork.");
+    std::thread::id who;
+    if (door.inside.compare_exchange_strong(who, std::this_thread::get_id())) return false;
+    require(who == std::this_thread::get_id(),
+            "A second thread called this cache while a call of another was running: one cache "
+            "serves one thread at a time, so hold a lock around it or give each thread its own "
+            "cache.");
+    require(kind == Kind::ask,
+            "A kernel that this cache is running called it: it may ask, no more.");
+    return true;
+  }
+
+  void leave() const {
+    if (!nested_) door_.inside = std::thread::id();
+  }
+
+  Door& door_;
+  bool nested_;
+  Impl* impl_ = nullptr;
+};
+
+TieredCache::TieredCache(const CacheOptions& options) : door_(std::make_unique<Door>()) {
   const Geometry geometry = resolve(options);
   std::unique_ptr<Policy> policy = make_policy(options.policy);
   impl_ = std::make_unique<Impl>(geometry, std::move(policy), open_backend(options, geometry));
@@ -684,144 +590,104 @@ TieredCache::TieredCache(const CacheOptions& options) {
 
 TieredCache::TieredCache(const Geometry& geometry, const std::string& policy,
                          std::unique_ptr<Backend> backend)
-    : impl_(std::make_unique<Impl>(geometry, make_policy(policy), std::move(backend))) {}
+    : door_(std::make_unique<Door>()),
+      impl_(std::make_unique<Impl>(geometry, make_policy(policy), std::move(backend))) {}
 
 // What a forked child inherits is left as it is: transfers, threads and files are its parent's.
 TieredCache::~TieredCache() {
-  if (impl_ == nullptr || impl_->process_.is_this()) return;
+  if (door_->process.is_this()) return;
   [[maybe_unused]] const Impl* left = impl_.release();
 }
 
-namespace {
-
-constexpr const char* forked =
-    "This cache belongs to the process that made it, and this is a forked child of that one: make "
-    "a "
-    "new cache here, or start the child by another way than fork.";
-
-template <typename Impl>
-Impl& open(const std::unique_ptr<Impl>& impl) {
-  require(impl != nullptr, "The cache is closed.");
-  require(impl->process_.is_this(), forked);
-  impl->require_whole();
-  return *impl;
-}
-
-}  // namespace
-
-const Geometry& TieredCache::geometry() const { return open(impl_).geometry_; }
+const Geometry& TieredCache::geometry() const { return Turn(*this, ask)->geometry_; }
 
 SequenceId TieredCache::add() {
-  Impl& impl = open(impl_);
-  const Impl::Entry entry(impl);
-  return impl.scheduler_.map().add().id;
+  const Turn turn(*this, change);
+  turn->require_whole();
+  return turn->scheduler_.map().add().id;
 }
 
 SequenceId TieredCache::fork(SequenceId id) {
-  Impl& impl = open(impl_);
-  const Impl::Entry entry(impl);
-  impl.refuse_in_step("fork");
-  return impl.scheduler_.fork(impl.sequence(id, "fork")).id;
+  const Turn turn(*this, change);
+  turn->refuse_in_step("fork");
+  return turn->scheduler_.fork(turn->sequence(id, "fork")).id;
 }
 
 void TieredCache::truncate(SequenceId id, std::uint32_t tokens) {
-  Impl& impl = open(impl_);
-  const Impl::Entry entry(impl);
-  impl.refuse_in_step("truncate");
-  Sequence& sequence = impl.sequence(id, "truncate");
-  if (tokens > sequence.tokens) {
-    throw LogicError("truncate: sequence " + std::to_string(id) + " has " +
-                     std::to_string(sequence.tokens) + " tokens, fewer than the " +
-                     std::to_string(tokens) + " asked for.");
-  }
-  impl.scheduler_.truncate(sequence, tokens);
+  const Turn turn(*this, change);
+  turn->truncate(id, tokens);
 }
 
 void TieredCache::free(SequenceId id) {
-  Impl& impl = open(impl_);
-  const Impl::Entry entry(impl);
-  impl.refuse_in_step("free");
-  impl.scheduler_.free(impl.sequence(id, "free"));
+  const Turn turn(*this, change);
+  turn->refuse_in_step("free");
+  turn->scheduler_.free(turn->sequence(id, "free"));
 }
 
 std::uint32_t TieredCache::length(SequenceId id) const {
-  return open(impl_).sequence(id, "length").tokens;
+  const Turn turn(*this, ask);
+  return turn->sequence(id, "length").tokens;
 }
 
 void TieredCache::begin(std::span<const StepEntry> batch, Reader reader) {
-  Impl& impl = open(impl_);
-  const Impl::Entry entry(impl);
-  impl.begin(batch, reader);
+  Turn(*this, change)->begin(batch, reader);
 }
 
 void TieredCache::attend(std::uint32_t layer, const LayerInputs& inputs, const Rows& q,
                          const MutableRows& out, std::uint32_t query_heads,
                          const AttendOptions& options, float* lse) {
-  Impl& impl = open(impl_);
-  const Impl::Entry entry(impl);
-  impl.attend(layer, inputs, q, out, query_heads, options, lse);
+  Turn(*this, change)->attend(layer, inputs, q, out, query_heads, options, lse);
 }
 
 FrameTable TieredCache::pages(std::uint32_t layer, const LayerInputs& inputs) {
-  Impl& impl = open(impl_);
-  const Impl::Entry entry(impl);
-  return impl.pages(layer, inputs);
+  return Turn(*this, change)->pages(layer, inputs);
 }
 
 Arena TieredCache::arena() const {
-  const Impl& impl = open(impl_);
-  return {impl.backend_->address(0), impl.capabilities_.frame_stride, impl.device_frames(),
-          impl.backend_->memory()};
+  const Turn turn(*this, ask);
+  return {turn->backend_->address(0), turn->capabilities_.frame_stride, turn->device_frames(),
+          turn->backend_->memory()};
 }
 
 void TieredCache::resize(Bytes device_bytes, Bytes pool_bytes) {
-  Impl& impl = open(impl_);
-  const Impl::Entry entry(impl);
-  impl.resize(device_bytes, pool_bytes);
+  Turn(*this, change)->resize(device_bytes, pool_bytes);
 }
 
 Gathered TieredCache::gather(std::uint32_t layer, const LayerInputs& inputs) {
-  Impl& impl = open(impl_);
-  const Impl::Entry entry(impl);
-  return impl.gather(layer, inputs);
+  return Turn(*this, change)->gather(layer, inputs);
 }
 
 void TieredCache::run(std::uint32_t layer, LayerKernel& kernel) {
-  Impl& impl = open(impl_);
-  const Impl::Entry entry(impl);
-  impl.run(layer, kernel);
+  Turn(*this, change)->run(layer, kernel);
 }
 
 void TieredCache::set_stream(ComputeStream stream) {
-  Impl& impl = open(impl_);
-  const Impl::Entry entry(impl);
-  impl.refuse_in_step("set_stream");
-  impl.scheduler_.set_stream(stream);
+  const Turn turn(*this, change);
+  turn->refuse_in_step("set_stream");
+  turn->scheduler_.set_stream(stream);
 }
 
-void TieredCache::finish() {
-  Impl& impl = open(impl_);
-  const Impl::Entry entry(impl);
-  impl.finish();
-}
+void TieredCache::finish() { Turn(*this, change)->finish(); }
 
 void TieredCache::abort() noexcept {
-  if (impl_ != nullptr && impl_->process_.is_this()) impl_->abort();
+  door_->abort_owed = true;
+  try {
+    static_cast<void>(Turn(*this, change));
+  } catch (const LogicError&) {
+    return;  // closed, a child's, or somebody is inside: then the next call pays
+  }
 }
 
-OpenStep TieredCache::open_step() const { return open(impl_).open_step(); }
+OpenStep TieredCache::open_step() const { return Turn(*this, ask)->open_step(); }
 
-Stats TieredCache::stats() const { return open(impl_).stats(); }
+Stats TieredCache::stats() const { return Turn(*this, ask)->stats(); }
 
-void TieredCache::check() const { open(impl_).scheduler_.check(); }
+void TieredCache::check() const { Turn(*this, ask)->scheduler_.check(); }
 
 void TieredCache::close() {
   if (impl_ == nullptr) return;
-  {
-    require(impl_->process_.is_this(), forked);
-    const Impl::Entry entry(*impl_);
-    impl_->abort();
-  }
+  const Turn turn(*this, change);
+  turn->abort();
   impl_.reset();
 }
 

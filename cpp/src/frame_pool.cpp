@@ -1,5 +1,5 @@
 // The bitmap behind FramePool: word-wise searches, no allocation after construction.
-#include "pie/frame_pool.hpp"
+#include "frame_pool.hpp"
 
 #include <algorithm>
 #include <bit>

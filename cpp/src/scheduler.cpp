@@ -1,5 +1,5 @@
 // The step: plan, append, fetch, read, release, write behind.
-#include "pie/scheduler.hpp"
+#include "scheduler.hpp"
 
 #include <algorithm>
 #include <map>
@@ -393,7 +393,7 @@ void Scheduler::plan_readings() {
   }
 }
 
-void Scheduler::run_layer(std::uint32_t layer, LayerReader& reader) {
+void Scheduler::run_layer(std::uint32_t layer, LayerKernel& kernel) {
   release_read();
   layer_ = layer;
   wave_ = 0;
@@ -406,17 +406,17 @@ void Scheduler::run_layer(std::uint32_t layer, LayerReader& reader) {
   raise_errors();
   pump();
   for (std::size_t i = 0; i < readings_.size(); ++i) {
-    if (readings_[i].wave != wave_) flush(reader);
+    if (readings_[i].wave != wave_) flush(kernel);
     wave_ = readings_[i].wave;
-    read_branch(i, reader);
+    read_branch(i, kernel);
   }
-  flush(reader);
+  flush(kernel);
 }
 
-void Scheduler::read_branch(std::size_t index, LayerReader& reader) {
+void Scheduler::read_branch(std::size_t index, LayerKernel& kernel) {
   const Reading& reading = readings_[index];
   Branch& branch = *reading.branch;
-  if (branch.grows_to > 0) append(visits_[reading.visits.front()], reader);
+  if (branch.grows_to > 0) append(visits_[reading.visits.front()], kernel);
   const LayerBlocks& layer = branch.layers[layer_];
   const std::uint32_t seen = first_block(reading.position, geometry_.window(layer_));
   const auto end = static_cast<std::uint32_t>(layer.blocks.size());
@@ -424,7 +424,7 @@ void Scheduler::read_branch(std::size_t index, LayerReader& reader) {
     std::uint32_t ready = layer.present + layer.gone == end ? end : block;
     while (ready < end && layer.blocks[ready].present()) ++ready;
     if (ready == block) {
-      fetch(index, block, reader);
+      fetch(index, block, kernel);
       continue;
     }
     collect(reading, block, ready);
@@ -432,7 +432,7 @@ void Scheduler::read_branch(std::size_t index, LayerReader& reader) {
   }
 }
 
-void Scheduler::append(const Visit& visit, LayerReader& reader) {
+void Scheduler::append(const Visit& visit, LayerKernel& kernel) {
   Branch& branch = *visit.sequence->path.back();
   LayerBlocks& layer = branch.layers[layer_];
   const std::uint32_t size = geometry_.block_tokens;
@@ -440,7 +440,7 @@ void Scheduler::append(const Visit& visit, LayerReader& reader) {
   const auto there = branch.first + static_cast<std::uint32_t>(layer.blocks.size());
   // Making room may discard blocks that are collected but not yet read: read them first.
   if (blocks_of(visit.kv_end()) - there > map_.device().free() && !shape_.whole_layers) {
-    flush(reader);
+    flush(kernel);
   }
   for (std::uint32_t token = visit.position; token < visit.kv_end();) {
     const std::uint32_t index = token / size - branch.first;
@@ -450,7 +450,7 @@ void Scheduler::append(const Visit& visit, LayerReader& reader) {
       BlockMap::lengthen(layer);
       map_.place({&branch, layer_, index}, frame);
     }
-    reader.store(backend_.address(layer.blocks[index].device), token % size, rows,
+    kernel.store(backend_.address(layer.blocks[index].device), token % size, rows,
                  visit.first_row + token - visit.position);
     token += rows;
     const bool pause = (index + 1) % copy_frames_ == 0 || map_.device().free() == 0;
@@ -472,14 +472,14 @@ void Scheduler::write_begun(Branch& branch, std::uint32_t begun, std::uint32_t f
 }
 
 // Brings a block that is not on the device nearer to being there.
-void Scheduler::fetch(std::size_t reading, std::uint32_t index, LayerReader& reader) {
+void Scheduler::fetch(std::size_t reading, std::uint32_t index, LayerKernel& kernel) {
   const Block& block = readings_[reading].branch->layers[layer_].blocks[index];
   if (block.state == BlockState::pooled) {
     cursor_ = {layer_, reading, index};
     pump();
   }
   if (!collected_.empty() && !shape_.whole_layers) {
-    flush(reader);  // compute what is there while the rest arrives
+    flush(kernel);  // compute what is there while the rest arrives
   } else if (block.state == BlockState::pooled && !transfers_.any()) {
     make_room();
   } else {
@@ -495,22 +495,63 @@ void Scheduler::collect(const Reading& reading, std::uint32_t begin, std::uint32
   }
 }
 
-void Scheduler::flush(LayerReader& reader) {
+void Scheduler::flush(LayerKernel& kernel) {
   if (collected_.empty()) return;
   pieces_.clear();
+  joined_.clear();
   for (std::size_t i = 0; i < visits_.size(); ++i) {
+    if (progress_[i].ready > progress_[i].read) pieces_.push_back(piece_of(i));
+  }
+  // Listed in a second pass, since the list moves while it grows.
+  std::size_t blocks = 0;
+  for (const KvPiece& piece : pieces_)
+    blocks += blocks_of(piece.kv_end) - piece.kv_begin / geometry_.block_tokens;
+  joined_.reserve(blocks);
+  for (std::size_t i = 0, next = 0; i < visits_.size(); ++i) {
     Progress& progress = progress_[i];
     if (progress.ready == progress.read) continue;
-    pieces_.push_back(
-        {&visits_[i], progress.read, progress.ready, progress.read == progress.begin});
+    pieces_[next++].frames = frames_of(*visits_[i].sequence, progress.read, progress.ready);
     progress.read = progress.ready;
   }
-  reader.read(layer_, pieces_);
+  kernel.attend(layer_, pieces_);
   read_.insert(read_.end(), collected_.begin(), collected_.end());
   collected_.clear();
   if (!shape_.whole_layers) release_read();
   land();
   pump();
+}
+
+// What is ready of a visit and not yet read, its frames not yet listed.
+KvPiece Scheduler::piece_of(std::size_t index) const {
+  const Visit& visit = visits_[index];
+  const Progress& progress = progress_[index];
+  KvPiece piece;
+  piece.sequence = visit.sequence->id;
+  piece.entry = visit.entry;
+  piece.first_row = visit.first_row;
+  piece.rows = visit.rows;
+  piece.position = visit.position;
+  piece.kv_begin = progress.read * geometry_.block_tokens;
+  piece.kv_end = std::min(progress.ready * geometry_.block_tokens, visit.kv_end());
+  piece.first = progress.read == progress.begin;
+  piece.last = piece.kv_end == visit.kv_end();
+  return piece;
+}
+
+// Frames of blocks [begin, end) in the layer that runs: where they are listed already, or joined
+// from several branches.
+const std::byte* const* Scheduler::frames_of(const Sequence& sequence, std::uint32_t begin,
+                                             std::uint32_t end) {
+  auto at = sequence.path.end() - 1;
+  while ((*at)->first > begin) --at;
+  if ((*at)->end() >= end) return (*at)->layers[layer_].frames.data() + (begin - (*at)->first);
+  const std::size_t start = joined_.size();
+  for (std::uint32_t b = begin; b < end; b = (*at++)->end()) {
+    const auto& frames = (*at)->layers[layer_].frames;
+    joined_.insert(joined_.end(), frames.begin() + (b - (*at)->first),
+                   frames.begin() + (std::min(end, (*at)->end()) - (*at)->first));
+  }
+  return joined_.data() + start;
 }
 
 // Ring blocks that were read leave; what is next copied into their frames waits for the readers.

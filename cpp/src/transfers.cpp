@@ -1,5 +1,5 @@
 // Submission, completion and retry of copies between the tiers.
-#include "pie/transfers.hpp"
+#include "transfers.hpp"
 
 #include <algorithm>
 #include <array>

@@ -1,14 +1,13 @@
 // Python bindings of the C++ facade: numbers and pointers in, arrays and exceptions out. No logic.
 //
 // Tensors come in as addresses and strides, so torch is never included. Every call gives up the
-// interpreter lock, and refuses a second thread inside the same cache.
+// interpreter lock.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -113,24 +112,7 @@ class Cache {
   template <typename Call>
   auto enter(Call&& call) {
     const nb::gil_scoped_release unlocked;
-    const Turn turn(busy_);
-    if (!turn.taken()) {
-      throw pie::LogicError(
-          "A second thread called this cache while a call of another was running: one cache serves "
-          "one thread at a time, so hold a lock around it or give each thread its own cache.");
-    }
-    if (!cache_) throw pie::LogicError("This cache is closed: make a new one.");
-    if (abort_owed_.exchange(false)) cache_->abort();
     return std::forward<Call>(call)(*cache_);
-  }
-
-  // Never raises, so that an exception that ends a step gets to the caller. Where another thread is
-  // inside, the next call takes the step back.
-  void abort() noexcept {
-    const nb::gil_scoped_release unlocked;
-    abort_owed_ = true;
-    const Turn turn(busy_);
-    if (turn.taken() && cache_ && abort_owed_.exchange(false)) cache_->abort();
   }
 
   nb::tuple gather(std::uint32_t layer, const pie::LayerInputs& inputs) {
@@ -175,39 +157,11 @@ class Cache {
                                   nb::dtype<std::int32_t>(), nb::device::cpu::value));
   }
 
-  void close() {
-    if (closed()) return;
-    enter([&](auto& cache) {
-      cache.close();
-      cache_.reset();
-    });
-  }
-
-  [[nodiscard]] bool closed() const { return cache_ == nullptr; }
-
  private:
-  // One thread's turn inside the cache, where no other has it.
-  class Turn {
-   public:
-    explicit Turn(std::atomic<bool>& busy) : busy_(busy), taken_(!busy.exchange(true)) {}
-    Turn(const Turn&) = delete;
-    Turn& operator=(const Turn&) = delete;
-    ~Turn() {
-      if (taken_) busy_.store(false);
-    }
-    [[nodiscard]] bool taken() const { return taken_; }
-
-   private:
-    std::atomic<bool>& busy_;
-    bool taken_;
-  };
-
   pie::DType dtype_;
   std::size_t kv_heads_;
   std::size_t head_dim_;
   std::unique_ptr<pie::TieredCache> cache_;
-  std::atomic<bool> busy_ = false;
-  std::atomic<bool> abort_owed_ = false;
 };
 
 // A step as a context manager, here so that no signal handler of Python's can run between its begin
@@ -336,7 +290,9 @@ void bind_step(nb::class_<Cache>& cache) {
       .def(
           "finish", [](Cache& self) { self.enter([](auto& tiered) { tiered.finish(); }); },
           "Ends the step: lengths advance.")
-      .def("abort", &Cache::abort, "Takes the step's appends back, at the next call at the latest.")
+      .def(
+          "abort", [](Cache& self) { self.enter([](auto& tiered) { tiered.abort(); }); },
+          "Takes the step's appends back, at the next call at the latest.")
       .def(
           "open_step",
           [](Cache& self) {
@@ -353,8 +309,8 @@ void bind_steps(nb::module_& module) {
           "__exit__",
           [](Step& step, const nb::object& kind, const nb::object& /*error*/,
              const nb::object& /*trace*/) {
-            if (!kind.is_none()) return step.cache->abort();
-            step.cache->enter([](auto& tiered) { tiered.finish(); });
+            const bool failed = !kind.is_none();
+            step.cache->enter([&](auto& tiered) { failed ? tiered.abort() : tiered.finish(); });
           },
           "kind"_a.none(), "error"_a.none(), "trace"_a.none());
   module.def("step", &make_step, "owner"_a, "cache"_a, "batch"_a, "reader"_a,
@@ -414,8 +370,9 @@ void bind_cache(nb::module_& module) {
       .def(
           "check", [](Cache& self) { self.enter([](auto& tiered) { tiered.check(); }); },
           "Raises LogicError naming the first invariant that does not hold.")
-      .def("close", &Cache::close, "Gives all memory back.")
-      .def("closed", &Cache::closed, "Whether close() was called.");
+      .def(
+          "close", [](Cache& self) { self.enter([](auto& tiered) { tiered.close(); }); },
+          "Gives all memory back.");
   bind_step(cache);
   bind_steps(module);
 }

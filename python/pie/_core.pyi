@@ -80,9 +80,6 @@ class Cache:
     def close(self) -> None:
         """Gives all memory back."""
 
-    def closed(self) -> bool:
-        """Whether close() was called."""
-
     def attend(self, layer: int, k: int, k_row: int, k_head: int, v: int, v_row: int, v_head: int, q: int, q_row: int, q_head: int, out: int, out_row: int, out_head: int, query_heads: int, scale: float, soft_cap: float, sinks: int, lse: int) -> None:
         """
         Appends one layer's K and V and attends; addresses and strides in elements.

@@ -5,8 +5,8 @@
 #include <set>
 #include <vector>
 
+#include "frame_pool.hpp"
 #include "pie/error.hpp"
-#include "pie/frame_pool.hpp"
 
 namespace pie {
 namespace {

@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "reference_model.hpp"
@@ -496,6 +497,53 @@ TEST(Scheduler, ComputesOnNoStreamItself) {
     EXPECT_THROW(model.begin({{id, 4}}, reader), LogicError);
   }
   model.step({{id, 4}}, Reader::kernel, 2);
+}
+
+// ---- who may be inside --------------------------------------------------------------------------
+
+// Calls the cache that runs it, as an embedder's kernel may.
+class Calling final : public LayerKernel {
+ public:
+  explicit Calling(TieredCache& cache) : cache_(cache) {}
+  void store(std::byte* /*frame*/, std::uint32_t /*token*/, std::uint32_t /*rows*/,
+             std::uint32_t /*row*/) override {}
+  void attend(std::uint32_t layer, std::span<const KvPiece> pieces) override {
+    EXPECT_EQ(cache_.length(pieces[0].sequence), 0U);
+    EXPECT_EQ(cache_.open_step().next_layer, layer);
+    EXPECT_EQ(cache_.stats().sequences, 1U);
+    EXPECT_THROW(static_cast<void>(cache_.add()), LogicError);
+    EXPECT_THROW(cache_.finish(), LogicError);
+    if (layer == 1) std::thread([&] { call_from_elsewhere(); }).join();
+  }
+
+ private:
+  void call_from_elsewhere() {
+    try {
+      static_cast<void>(cache_.stats());
+      ADD_FAILURE() << "a second thread was let in";
+    } catch (const LogicError& error) {
+      EXPECT_NE(std::string(error.what()).find("second thread"), std::string::npos);
+    }
+    cache_.abort();
+  }
+
+  TieredCache& cache_;
+};
+
+TEST(CacheTurn, KernelsMayAskAndOtherThreadsMayNot) {
+  TieredCache cache(small_geometry(3), "fit", open_sim(options_for(3, 40, 100)));
+  const std::vector<StepEntry> batch{{cache.add(), 20}};
+  Calling kernel(cache);
+  cache.begin(batch, Reader::kernel);
+  cache.run(0, kernel);
+  EXPECT_EQ(cache.open_step().rows, 20U);
+  cache.run(1, kernel);  // meanwhile another thread aborts
+  EXPECT_EQ(cache.open_step().rows, 0U) << "the next call carries it out";
+  EXPECT_THROW(cache.run(2, kernel), LogicError);
+  cache.close();
+  EXPECT_THROW(static_cast<void>(cache.stats()), LogicError);
+  cache.abort();
+  cache.close();
 }
 
 }  // namespace

@@ -19,11 +19,11 @@ LAYERS = [
     {"types", "error", "process"},
     {"backend"},
     {"backends", "parallel", "attention"},
-    {"frame_pool"},
+    {"frame_pool", "layer_kernel", "options"},
     {"block_map"},
     {"policy", "transfers"},
-    {"scheduler", "layer_kernel"},
-    {"scheduler_room", "built_in_kernels"},
+    {"scheduler"},
+    {"room", "sequences", "budgets", "built_in_kernels", "resolve"},
     {"cache"},
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}

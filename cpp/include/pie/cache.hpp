@@ -14,19 +14,10 @@
 #include "pie/attention.hpp"
 #include "pie/backend.hpp"
 #include "pie/layer_kernel.hpp"
+#include "pie/options.hpp"
 #include "pie/types.hpp"
 
 namespace pie {
-
-struct CacheOptions {
-  Geometry geometry;             // block_tokens 0: chosen from device_bytes
-  Bytes device_bytes = 0;        // bounds everything held on the device: frames, ring, staging
-  Bytes pool_bytes = 0;          // 0: no pool
-  std::string pool_dir;          // see HostOptions
-  std::string policy = "fit";    // "fit", "fixed:F" with F in [0, 1], "off"
-  std::string pool_io = "auto";  // see HostOptions
-  std::byte* device_memory = nullptr;  // see HostOptions
-};
 
 // One sequence of a step's batch and how many tokens it gains in it.
 struct StepEntry {
@@ -168,7 +159,10 @@ class TieredCache {
   void close();
 
  private:
+  struct Door;
   class Impl;
+  class Turn;
+  std::unique_ptr<Door> door_;
   std::unique_ptr<Impl> impl_;
 };
 

@@ -33,7 +33,7 @@
 #include <string>
 #include <vector>
 
-#include "pie/frame_pool.hpp"
+#include "frame_pool.hpp"
 #include "pie/types.hpp"
 
 namespace pie {

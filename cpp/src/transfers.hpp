@@ -10,8 +10,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "block_map.hpp"
 #include "pie/backend.hpp"
-#include "pie/block_map.hpp"
 
 namespace pie {
 

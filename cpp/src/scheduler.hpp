@@ -13,10 +13,11 @@
 #include <string>
 #include <vector>
 
+#include "block_map.hpp"
 #include "pie/backend.hpp"
-#include "pie/block_map.hpp"
+#include "pie/layer_kernel.hpp"
 #include "pie/policy.hpp"
-#include "pie/transfers.hpp"
+#include "transfers.hpp"
 
 namespace pie {
 
@@ -31,31 +32,6 @@ struct Visit {
   std::uint32_t wave = 0;
 
   [[nodiscard]] std::uint32_t kv_end() const { return position + rows; }
-};
-
-// Blocks [first_block, end_block) of a visit's sequence, all readable on the device.
-struct Piece {
-  const Visit* visit = nullptr;
-  std::uint32_t first_block = 0;
-  std::uint32_t end_block = 0;
-  bool first = false;  // of the visit in this layer
-};
-
-// What a layer's blocks are filled from and read by.
-class LayerReader {
- public:
-  LayerReader() = default;
-  LayerReader(const LayerReader&) = delete;
-  LayerReader& operator=(const LayerReader&) = delete;
-  virtual ~LayerReader() = default;
-
-  // Copies `rows` K and V rows, from packed row `row` on, into a block from its token `token` on.
-  virtual void store(std::byte* frame, std::uint32_t token, std::uint32_t rows,
-                     std::uint32_t row) = 0;
-
-  // Reads pieces of different visits of one wave. A visit's pieces come in ascending, gapless order
-  // over one or more calls.
-  virtual void read(std::uint32_t layer, std::span<const Piece> pieces) = 0;
 };
 
 // One sequence of a step's batch.
@@ -96,9 +72,9 @@ class Scheduler {
   // The rows of the step, in order; set before the first layer.
   void set_visits(std::vector<Visit> visits);
 
-  // Appends the layer's tokens and has `reader` read every block. Throws IoError for a failed
+  // Has `kernel` append the layer's tokens and read every block. Throws IoError for a failed
   // transfer of a sequence of the batch; the step must then be aborted.
-  void run_layer(std::uint32_t layer, LayerReader& reader);
+  void run_layer(std::uint32_t layer, LayerKernel& kernel);
 
   // Advances the lengths. What it throws has changed nothing, and the step must be aborted.
   void finish();
@@ -190,13 +166,16 @@ class Scheduler {
   void load_now(const BlockKey& key);
 
   void plan_readings();
-  void read_layer(LayerReader& reader);
-  void read_branch(std::size_t index, LayerReader& reader);
-  void append(const Visit& visit, LayerReader& reader);
+  void read_layer(LayerKernel& kernel);
+  void read_branch(std::size_t index, LayerKernel& kernel);
+  void append(const Visit& visit, LayerKernel& kernel);
   void write_begun(Branch& branch, std::uint32_t begun, std::uint32_t full);
-  void fetch(std::size_t reading, std::uint32_t block, LayerReader& reader);
+  void fetch(std::size_t reading, std::uint32_t block, LayerKernel& kernel);
   void collect(const Reading& reading, std::uint32_t begin, std::uint32_t end);
-  void flush(LayerReader& reader);
+  void flush(LayerKernel& kernel);
+  [[nodiscard]] KvPiece piece_of(std::size_t visit) const;
+  [[nodiscard]] const std::byte* const* frames_of(const Sequence& sequence, std::uint32_t begin,
+                                                  std::uint32_t end);
   void release_read();
 
   [[nodiscard]] bool seek_pooled();
@@ -260,7 +239,9 @@ class Scheduler {
   std::vector<Progress> progress_;  // of the visits
   std::vector<Stretch> collected_;  // ready, and not yet given to the reader
   std::vector<Stretch> read_;       // given to it, and not yet released
-  std::vector<Piece> pieces_;       // empty between calls; kept for its memory
+  std::vector<KvPiece> pieces_;     // empty between calls; kept for their memory, as is
+  std::vector<const std::byte*>
+      joined_;  // where the frames of pieces that pass branches are listed
   Cursor cursor_;
   std::uint32_t layer_ = 0;        // that runs
   std::uint32_t wave_ = 0;         // that runs in it

@@ -1,0 +1,204 @@
+// The scheduler's room: frames of the device for what comes, and pool copies for what goes.
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "pie/error.hpp"
+#include "scheduler.hpp"
+
+namespace pie {
+
+namespace {
+
+// Pool space is asked for from the system in pieces of this many bytes at least.
+constexpr Bytes pool_growth_bytes = Bytes{64} << 20;
+
+}  // namespace
+
+// ---- room on the device -------------------------------------------------------------------------
+
+FrameIndex Scheduler::take_frame() {
+  FrameIndex frame = map_.device().acquire();
+  while (frame == no_frame) {
+    make_room();
+    frame = map_.device().acquire();
+  }
+  return frame;
+}
+
+// Frees a frame or room in the ring, or brings that nearer. Not while blocks are collected that may
+// go: those of the layer that runs stay where whole layers are asked for.
+void Scheduler::make_room() {
+  land();
+  const bool none_free = map_.device().free() == 0;
+  if (!none_free && map_.ring_frames() < std::max(1U, plan_.ring_frames)) return;
+  if (none_free && evict_surplus(shape_.whole_layers)) return;
+  if (evict_prefetched()) return;
+  if (none_free && evict_any()) return;
+  write_or_wait();
+}
+
+void Scheduler::write_or_wait() {
+  if (transfers_.any()) {
+    wait_for_room();
+  } else if (!write_any()) {
+    raise_errors();
+    throw CapacityError("The device tier is full of blocks that cannot be moved to the pool (" +
+                        sized(std::uint64_t{map_.device().used()} * capabilities_.frame_stride) +
+                        " in use). Raise device_bytes, raise pool_bytes, or free a sequence.");
+  }
+}
+
+bool Scheduler::is_read_now(std::uint32_t layer, const Branch& branch) const {
+  return layer == layer_ && branch.active;
+}
+
+// Discards the oldest block that the plan does not keep; with `spare_layer`, none that is read in
+// the layer that runs.
+bool Scheduler::evict_surplus(bool spare_layer) {
+  for (auto it = surplus_.begin(); it != surplus_.end();) {
+    const BlockKey key = *it;
+    const LayerBlocks& layer = key.branch->layers[key.layer];
+    const bool valid = key.block < layer.blocks.size() && key.block < layer.streamed &&
+                       BlockMap::at(key).state == BlockState::clean && !BlockMap::at(key).ring;
+    if (valid && spare_layer && is_read_now(key.layer, *key.branch)) {
+      ++it;
+      continue;
+    }
+    it = surplus_.erase(it);
+    if (!valid) continue;
+    map_.evict(key);
+    return true;
+  }
+  return false;
+}
+
+// Discards the prefetched block that is needed last. Where whole layers stay, those of the one that
+// runs do not count.
+bool Scheduler::evict_prefetched() {
+  for (std::size_t i = loaded_.size(); i-- > 0;) {
+    const BlockKey key = loaded_[i];
+    const LayerBlocks& layer = key.branch->layers[key.layer];
+    const bool listed = key.block < layer.blocks.size() && BlockMap::at(key).ring;
+    if (listed && shape_.whole_layers && is_read_now(key.layer, *key.branch)) continue;
+    if (listed && BlockMap::at(key).state == BlockState::loading) return false;
+    loaded_.erase(loaded_.begin() + static_cast<std::ptrdiff_t>(i));
+    if (!listed) continue;
+    map_.evict(key);
+    return true;
+  }
+  return false;
+}
+
+// Discards any clean block, of the layer whose turn is furthest away first.
+bool Scheduler::evict_any() {
+  const std::uint32_t layers = geometry_.layers;
+  for (std::uint32_t back = 1; back <= layers; ++back) {
+    const std::uint32_t layer = (layer_ + layers - back % layers) % layers;
+    for (auto& [id, branch] : map_.branches()) {
+      if (shape_.whole_layers && is_read_now(layer, branch)) continue;
+      const std::vector<Block>& blocks = branch.layers[layer].blocks;
+      for (std::uint32_t b = 0; b < blocks.size(); ++b) {
+        if (blocks[b].state != BlockState::clean) continue;
+        map_.evict({&branch, layer, b});
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+// Starts writing committed full blocks of some layer, so that they can be discarded later.
+bool Scheduler::write_any() {
+  for (auto& [id, branch] : map_.branches()) {
+    for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
+      if (shape_.whole_layers && is_read_now(layer, branch)) continue;
+      branch.layers[layer].written = branch.layers[layer].gone;
+      write_full(branch, layer, branch.full, true);
+      if (transfers_.any()) return true;
+    }
+  }
+  return false;
+}
+
+// ---- the pool copy ------------------------------------------------------------------------------
+
+// Writes the dirty ones of blocks [written, limit), adjacent blocks as one ticket. Stops where the
+// pool is full: what is not written stays on the device. Blocks that the plan streams, and any in a
+// `rescue`, may take the pool copies of blocks that it keeps.
+void Scheduler::write_full(Branch& branch, std::uint32_t layer, std::uint32_t limit, bool rescue) {
+  LayerBlocks& blocks = branch.layers[layer];
+  std::vector<FrameIndex> frames;
+  while (blocks.written < limit) {
+    const std::uint32_t first = blocks.written;  // reclaiming pool frames may lower it
+    frames.clear();
+    std::uint32_t b = first;
+    for (; b < limit && frames.size() < copy_frames_; ++b) {
+      if (blocks.blocks[b].state != BlockState::dirty) break;
+      const FrameIndex frame = take_pool_frame(blocks, std::max(limit, blocks.streamed) - b,
+                                               rescue || b < blocks.streamed);
+      if (frame == no_frame) break;
+      frames.push_back(frame);
+    }
+    if (!frames.empty()) {
+      transfers_.write(branch, layer, first, frames, !rescue && first >= blocks.streamed);
+      if (blocks.written == first) blocks.written = b;
+    } else if (blocks.blocks[b].state == BlockState::dirty) {
+      return;
+    } else {
+      ++blocks.written;
+    }
+  }
+}
+
+FrameIndex Scheduler::take_pool_frame(LayerBlocks& layer, std::uint32_t needed, bool reclaim) {
+  for (;;) {
+    const FrameIndex frame = map_.take_pool_frame(layer, needed, copy_frames_);
+    if (frame != no_frame) return frame;
+    if (grow_pool(map_.pool().limit() + 1)) continue;
+    if (map_.release_extents() == 0 && !(reclaim && reclaim_pool())) return no_frame;
+  }
+}
+
+// Has at least `frames` usable frames in the pool, growing it in large pieces.
+bool Scheduler::grow_pool(std::uint32_t frames) {
+  FramePool& pool = map_.pool();
+  if (frames > pool_frames_) return false;
+  const std::uint64_t step = pool_growth_bytes / capabilities_.frame_stride;
+  const std::uint64_t want = std::max<std::uint64_t>(frames, pool.limit() + step);
+  const auto target = static_cast<std::uint32_t>(std::min<std::uint64_t>(want, pool_frames_));
+  std::uint32_t usable = resize_pool(target, frames);
+  if (usable < frames) usable = resize_pool(frames, frames);  // the last of the disk
+  usable = std::min(usable, pool_frames_);
+  if (usable > pool.limit()) pool.set_limit(usable);
+  return pool.limit() >= frames;
+}
+
+// Asks for `target` usable frames of the pool, and waits until there are `needed` where it is slow.
+std::uint32_t Scheduler::resize_pool(std::uint32_t target, std::uint32_t needed) {
+  PoolSize size = backend_.resize_pool(target);
+  while (size.pending && size.frames < needed) {
+    wait();
+    size = backend_.resize_pool(target);
+  }
+  return size.frames;
+}
+
+// Gives up the pool copies of blocks that the plan keeps on the device.
+bool Scheduler::reclaim_pool() {
+  bool any = false;
+  for (auto& [id, branch] : map_.branches()) {
+    for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
+      LayerBlocks& blocks = branch.layers[layer];
+      for (auto b = blocks.streamed; b < blocks.blocks.size(); ++b) {
+        if (blocks.blocks[b].state != BlockState::clean) continue;
+        map_.soil({&branch, layer, b});
+        blocks.written = std::min(blocks.written, b);
+        any = true;
+      }
+    }
+  }
+  return any;
+}
+
+}  // namespace pie
