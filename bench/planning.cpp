@@ -55,7 +55,7 @@ struct Costs {
   double finish_us = 0;
 };
 
-Costs one_step(pie::TieredCache& cache, const std::vector<pie::StepEntry>& batch) {
+Costs one_step(pie::Cache& cache, const std::vector<pie::StepEntry>& batch) {
   NoKernel kernel;
   Costs costs;
   const double began = now_us();
@@ -78,7 +78,7 @@ void measure_steps(std::uint32_t sequences, std::uint32_t tokens, double share) 
       static_cast<double>(options.geometry.frame_bytes() * layers * sequences * blocks);
   options.device_bytes = static_cast<pie::Bytes>(bytes * share);
   options.pool_bytes = static_cast<pie::Bytes>(2 * bytes);
-  pie::TieredCache cache(options);
+  pie::Cache cache(options);
   std::vector<pie::StepEntry> batch;
   for (std::uint32_t i = 0; i < sequences; ++i) {
     const pie::SequenceId id = cache.add();

@@ -44,13 +44,13 @@ void refuse_twice(std::span<const StepEntry> batch) {
 }  // namespace
 
 // Who is inside: one thread of the process that made the cache. Outlives what `close` gives back.
-struct TieredCache::Door {
+struct Cache::Door {
   Process process;
   std::atomic<std::thread::id> inside;
   std::atomic<bool> abort_owed = false;  // to a step that could not be taken back when it ended
 };
 
-class TieredCache::Impl {
+class Cache::Impl {
  public:
   Impl(const Geometry& geometry, std::unique_ptr<Policy> policy, std::unique_ptr<Backend> backend)
       : geometry_((check_geometry(geometry), geometry)),
@@ -174,7 +174,7 @@ class TieredCache::Impl {
 
 // ---- a step -------------------------------------------------------------------------------------
 
-void TieredCache::Impl::begin(std::span<const StepEntry> batch, Reader reader) {
+void Cache::Impl::begin(std::span<const StepEntry> batch, Reader reader) {
   refuse_in_step("step");
   if (late_ != nullptr) std::rethrow_exception(std::exchange(late_, nullptr));
   if (batch.empty()) throw LogicError("step: the batch is empty; give at least one sequence.");
@@ -204,7 +204,7 @@ void TieredCache::Impl::begin(std::span<const StepEntry> batch, Reader reader) {
   start();
 }
 
-void TieredCache::Impl::start() {
+void Cache::Impl::start() {
   const std::uint32_t staging = staging_frames();
   began_ns_ = backend_->now();
   stall_before_ns_ = scheduler_.stall_ns();
@@ -224,7 +224,7 @@ void TieredCache::Impl::start() {
   note_peaks();
 }
 
-void TieredCache::Impl::begin_with(std::uint32_t staging) {
+void Cache::Impl::begin_with(std::uint32_t staging) {
   rows_per_wave_ = total_rows();
   if (reader_ == Reader::attend) {
     const Bytes row = state_row_bytes();
@@ -241,7 +241,7 @@ void TieredCache::Impl::begin_with(std::uint32_t staging) {
 
 // The first layer brings another number of query heads than the step was begun for. Nothing has
 // been appended yet, so it is begun again; the old number stays where that fails.
-void TieredCache::Impl::restart(std::uint32_t query_heads) {
+void Cache::Impl::restart(std::uint32_t query_heads) {
   const std::uint32_t before = std::exchange(query_heads_, query_heads);
   in_step_ = false;
   try {
@@ -253,17 +253,17 @@ void TieredCache::Impl::restart(std::uint32_t query_heads) {
 }
 
 // Where a wave's attention state lies: in staging, or in scratch.
-float* TieredCache::Impl::state() {
+float* Cache::Impl::state() {
   if (scheduler_.map().device().reserved() > 0) return reinterpret_cast<float*>(staging());
   scratch_.resize(rows_per_wave_ * state_row_bytes() / sizeof(float));
   return scratch_.data();
 }
 
-Bytes TieredCache::Impl::state_row_bytes() const {
+Bytes Cache::Impl::state_row_bytes() const {
   return attention_state_floats(shape(query_heads_)) * sizeof(float);
 }
 
-std::uint32_t TieredCache::Impl::longest() const {
+std::uint32_t Cache::Impl::longest() const {
   std::uint32_t tokens = 0;
   for (const Growth& growth : batch_) {
     tokens = std::max(tokens, growth.sequence->tokens + growth.new_tokens);
@@ -271,7 +271,7 @@ std::uint32_t TieredCache::Impl::longest() const {
   return tokens;
 }
 
-std::uint32_t TieredCache::Impl::total_rows() const {
+std::uint32_t Cache::Impl::total_rows() const {
   std::uint32_t rows = 0;
   for (const Growth& growth : batch_) rows += growth.new_tokens;
   return rows;
@@ -279,7 +279,7 @@ std::uint32_t TieredCache::Impl::total_rows() const {
 
 // Frames at the top of the arena for contiguous K and V, or for the state of one wave's rows; 0
 // where that is scratch.
-std::uint32_t TieredCache::Impl::staging_frames() const {
+std::uint32_t Cache::Impl::staging_frames() const {
   const Bytes stride = capabilities_.frame_stride;
   const auto frames = [&](Bytes bytes) { return (bytes + stride - 1) / stride; };
   if (reader_ == Reader::gather) {
@@ -296,7 +296,7 @@ std::uint32_t TieredCache::Impl::staging_frames() const {
 }
 
 // Cuts the step's packed rows into waves of at most `rows_per_wave` rows.
-std::vector<Visit> TieredCache::Impl::plan_visits(std::uint32_t rows_per_wave) {
+std::vector<Visit> Cache::Impl::plan_visits(std::uint32_t rows_per_wave) {
   std::vector<Visit> visits;
   std::uint32_t row = 0;
   for (std::uint32_t entry = 0; entry < batch_.size(); ++entry) {
@@ -313,7 +313,7 @@ std::vector<Visit> TieredCache::Impl::plan_visits(std::uint32_t rows_per_wave) {
   return visits;
 }
 
-void TieredCache::Impl::take_turn(std::uint32_t layer, Reader reader, const char* call) {
+void Cache::Impl::take_turn(std::uint32_t layer, Reader reader, const char* call) {
   if (!in_step_) {
     throw LogicError(std::string(call) + ": no step is running; begin one first.");
   }
@@ -328,7 +328,7 @@ void TieredCache::Impl::take_turn(std::uint32_t layer, Reader reader, const char
   }
 }
 
-void TieredCache::Impl::run_layer(std::uint32_t layer, LayerKernel& kernel) {
+void Cache::Impl::run_layer(std::uint32_t layer, LayerKernel& kernel) {
   try {
     scheduler_.run_layer(layer, kernel);
   } catch (...) {
@@ -339,9 +339,9 @@ void TieredCache::Impl::run_layer(std::uint32_t layer, LayerKernel& kernel) {
   note_peaks();
 }
 
-void TieredCache::Impl::attend(std::uint32_t layer, const LayerInputs& inputs, const Rows& q,
-                               const MutableRows& out, std::uint32_t query_heads,
-                               const AttendOptions& options, float* lse) {
+void Cache::Impl::attend(std::uint32_t layer, const LayerInputs& inputs, const Rows& q,
+                         const MutableRows& out, std::uint32_t query_heads,
+                         const AttendOptions& options, float* lse) {
   take_turn(layer, Reader::attend, "attend");
   if (query_heads == 0 || query_heads % geometry_.kv_heads != 0) {
     throw LogicError("attend: " + std::to_string(query_heads) +
@@ -361,7 +361,7 @@ void TieredCache::Impl::attend(std::uint32_t layer, const LayerInputs& inputs, c
   run_layer(layer, kernel);
 }
 
-Gathered TieredCache::Impl::gather(std::uint32_t layer, const LayerInputs& inputs) {
+Gathered Cache::Impl::gather(std::uint32_t layer, const LayerInputs& inputs) {
   take_turn(layer, Reader::gather, "gather");
   const Bytes row = Bytes{geometry_.head_dim} * dtype_bytes(geometry_.dtype);
   Gathered gathered;
@@ -374,7 +374,7 @@ Gathered TieredCache::Impl::gather(std::uint32_t layer, const LayerInputs& input
   return gathered;
 }
 
-FrameTable TieredCache::Impl::pages(std::uint32_t layer, const LayerInputs& inputs) {
+FrameTable Cache::Impl::pages(std::uint32_t layer, const LayerInputs& inputs) {
   take_turn(layer, Reader::pages, "pages");
   const std::uint32_t size = geometry_.block_tokens;
   const std::size_t columns = (longest() + size - 1) / size;
@@ -385,12 +385,12 @@ FrameTable TieredCache::Impl::pages(std::uint32_t layer, const LayerInputs& inpu
   return {static_cast<std::uint32_t>(batch_.size()), table_};
 }
 
-void TieredCache::Impl::run(std::uint32_t layer, LayerKernel& kernel) {
+void Cache::Impl::run(std::uint32_t layer, LayerKernel& kernel) {
   take_turn(layer, Reader::kernel, "run");
   run_layer(layer, kernel);
 }
 
-void TieredCache::Impl::finish() {
+void Cache::Impl::finish() {
   require(in_step_, "finish: no step is running.");
   if (next_layer_ != geometry_.layers) {
     const std::uint32_t done = next_layer_;
@@ -422,7 +422,7 @@ void TieredCache::Impl::finish() {
   counters_.decode_stall_ns += scheduler_.stall_ns() - stall_before_ns_;
 }
 
-void TieredCache::Impl::abort() noexcept {
+void Cache::Impl::abort() noexcept {
   if (!in_step_) return;
   in_step_ = false;
   after_decode_ = false;
@@ -437,7 +437,7 @@ void TieredCache::Impl::abort() noexcept {
 
 // ---- seeing it ----------------------------------------------------------------------------------
 
-void TieredCache::Impl::note_peaks() {
+void Cache::Impl::note_peaks() {
   const FramePool& device = scheduler_.map().device();
   const Bytes stride = capabilities_.frame_stride;
   const Bytes device_used = (Bytes{device.used()} + device.reserved()) * stride;
@@ -446,7 +446,7 @@ void TieredCache::Impl::note_peaks() {
   counters_.pool_bytes_peak = std::max(counters_.pool_bytes_peak, pool_used);
 }
 
-Stats TieredCache::Impl::stats() const {
+Stats Cache::Impl::stats() const {
   const BlockMap& map = scheduler_.map();
   const Bytes stride = capabilities_.frame_stride;
   Stats stats = counters_;
@@ -477,7 +477,7 @@ Stats TieredCache::Impl::stats() const {
 }
 
 // What several sequences share counts once, what windows gave back not at all.
-Bytes TieredCache::Impl::kv_bytes() const {
+Bytes Cache::Impl::kv_bytes() const {
   const BlockMap& map = scheduler_.map();
   std::map<const Branch*, std::uint32_t> held;  // tokens of each branch, by the longest sequence
   for (const auto& [id, sequence] : map.sequences()) {
@@ -497,7 +497,7 @@ Bytes TieredCache::Impl::kv_bytes() const {
   return tokens * (geometry_.frame_bytes() / geometry_.block_tokens);
 }
 
-void TieredCache::Impl::truncate(SequenceId id, std::uint32_t tokens) {
+void Cache::Impl::truncate(SequenceId id, std::uint32_t tokens) {
   refuse_in_step("truncate");
   Sequence& member = sequence(id, "truncate");
   if (tokens > member.tokens) {
@@ -508,7 +508,7 @@ void TieredCache::Impl::truncate(SequenceId id, std::uint32_t tokens) {
   scheduler_.truncate(member, tokens);
 }
 
-void TieredCache::Impl::resize(Bytes device_bytes, Bytes pool_bytes) {
+void Cache::Impl::resize(Bytes device_bytes, Bytes pool_bytes) {
   refuse_in_step("resize");
   const Bytes stride = capabilities_.frame_stride;
   const Bytes least = least_frames(geometry_) * stride;
@@ -539,9 +539,9 @@ using enum Kind;
 }  // namespace
 
 // One call's turn inside a cache. A kernel that runs inside may ask, but change nothing.
-class TieredCache::Turn {
+class Cache::Turn {
  public:
-  Turn(const TieredCache& cache, Kind kind) : door_(*cache.door_), nested_(enter(door_, kind)) {
+  Turn(const Cache& cache, Kind kind) : door_(*cache.door_), nested_(enter(door_, kind)) {
     try {
       require(cache.impl_ != nullptr, "This cache is closed: make a new one.");
       impl_ = cache.impl_.get();
@@ -582,94 +582,93 @@ class TieredCache::Turn {
   Impl* impl_ = nullptr;
 };
 
-TieredCache::TieredCache(const CacheOptions& options) : door_(std::make_unique<Door>()) {
+Cache::Cache(const CacheOptions& options) : door_(std::make_unique<Door>()) {
   const Geometry geometry = resolve(options);
   std::unique_ptr<Policy> policy = make_policy(options.policy);
   impl_ = std::make_unique<Impl>(geometry, std::move(policy), open_backend(options, geometry));
 }
 
-TieredCache::TieredCache(const Geometry& geometry, const std::string& policy,
-                         std::unique_ptr<Backend> backend)
+Cache::Cache(const Geometry& geometry, const std::string& policy, std::unique_ptr<Backend> backend)
     : door_(std::make_unique<Door>()),
       impl_(std::make_unique<Impl>(geometry, make_policy(policy), std::move(backend))) {}
 
 // What a forked child inherits is left as it is: transfers, threads and files are its parent's.
-TieredCache::~TieredCache() {
+Cache::~Cache() {
   if (door_->process.is_this()) return;
   [[maybe_unused]] const Impl* left = impl_.release();
 }
 
-const Geometry& TieredCache::geometry() const { return Turn(*this, ask)->geometry_; }
+const Geometry& Cache::geometry() const { return Turn(*this, ask)->geometry_; }
 
-SequenceId TieredCache::add() {
+SequenceId Cache::add() {
   const Turn turn(*this, change);
   turn->require_whole();
   return turn->scheduler_.map().add().id;
 }
 
-SequenceId TieredCache::fork(SequenceId id) {
+SequenceId Cache::fork(SequenceId id) {
   const Turn turn(*this, change);
   turn->refuse_in_step("fork");
   return turn->scheduler_.fork(turn->sequence(id, "fork")).id;
 }
 
-void TieredCache::truncate(SequenceId id, std::uint32_t tokens) {
+void Cache::truncate(SequenceId id, std::uint32_t tokens) {
   const Turn turn(*this, change);
   turn->truncate(id, tokens);
 }
 
-void TieredCache::free(SequenceId id) {
+void Cache::free(SequenceId id) {
   const Turn turn(*this, change);
   turn->refuse_in_step("free");
   turn->scheduler_.free(turn->sequence(id, "free"));
 }
 
-std::uint32_t TieredCache::length(SequenceId id) const {
+std::uint32_t Cache::length(SequenceId id) const {
   const Turn turn(*this, ask);
   return turn->sequence(id, "length").tokens;
 }
 
-void TieredCache::begin(std::span<const StepEntry> batch, Reader reader) {
+void Cache::begin(std::span<const StepEntry> batch, Reader reader) {
   Turn(*this, change)->begin(batch, reader);
 }
 
-void TieredCache::attend(std::uint32_t layer, const LayerInputs& inputs, const Rows& q,
-                         const MutableRows& out, std::uint32_t query_heads,
-                         const AttendOptions& options, float* lse) {
+void Cache::attend(std::uint32_t layer, const LayerInputs& inputs, const Rows& q,
+                   const MutableRows& out, std::uint32_t query_heads, const AttendOptions& options,
+                   float* lse) {
   Turn(*this, change)->attend(layer, inputs, q, out, query_heads, options, lse);
 }
 
-FrameTable TieredCache::pages(std::uint32_t layer, const LayerInputs& inputs) {
+FrameTable Cache::pages(std::uint32_t layer, const LayerInputs& inputs) {
   return Turn(*this, change)->pages(layer, inputs);
 }
 
-Arena TieredCache::arena() const {
+Arena Cache::arena() const {
   const Turn turn(*this, ask);
   return {turn->backend_->address(0), turn->capabilities_.frame_stride, turn->device_frames(),
           turn->backend_->memory()};
 }
 
-void TieredCache::resize(Bytes device_bytes, Bytes pool_bytes) {
+void Cache::resize(Bytes device_bytes, Bytes pool_bytes) {
   Turn(*this, change)->resize(device_bytes, pool_bytes);
 }
 
-Gathered TieredCache::gather(std::uint32_t layer, const LayerInputs& inputs) {
+Gathered Cache::gather(std::uint32_t layer, const LayerInputs& inputs) {
   return Turn(*this, change)->gather(layer, inputs);
 }
 
-void TieredCache::run(std::uint32_t layer, LayerKernel& kernel) {
+void Cache::run(std::uint32_t layer, LayerKernel& kernel) {
   Turn(*this, change)->run(layer, kernel);
 }
 
-void TieredCache::set_stream(ComputeStream stream) {
+void Cache::set_stream(ComputeStream stream) {
   const Turn turn(*this, change);
   turn->refuse_in_step("set_stream");
   turn->scheduler_.set_stream(stream);
 }
 
-void TieredCache::finish() { Turn(*this, change)->finish(); }
+void Cache::finish() { Turn(*this, change)->finish(); }
 
-void TieredCache::abort() noexcept {
+void Cache::abort() noexcept {
   door_->abort_owed = true;
   try {
     static_cast<void>(Turn(*this, change));
@@ -678,13 +677,13 @@ void TieredCache::abort() noexcept {
   }
 }
 
-OpenStep TieredCache::open_step() const { return Turn(*this, ask)->open_step(); }
+OpenStep Cache::open_step() const { return Turn(*this, ask)->open_step(); }
 
-Stats TieredCache::stats() const { return Turn(*this, ask)->stats(); }
+Stats Cache::stats() const { return Turn(*this, ask)->stats(); }
 
-void TieredCache::check() const { Turn(*this, ask)->scheduler_.check(); }
+void Cache::check() const { Turn(*this, ask)->scheduler_.check(); }
 
-void TieredCache::close() {
+void Cache::close() {
   if (impl_ == nullptr) return;
   const Turn turn(*this, change);
   turn->abort();

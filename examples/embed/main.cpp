@@ -145,7 +145,7 @@ class PlainAttention final : public pie::LayerKernel {
 };
 
 struct Run {
-  pie::TieredCache& cache;
+  pie::Cache& cache;
   const Model& model;
   bool own_attention;
 
@@ -200,7 +200,7 @@ struct Run {
 };
 
 // Prefills each prompt in chunks, then decodes all of them together; returns the new tokens.
-std::vector<std::uint32_t> generate(pie::TieredCache& cache, bool own_attention) {
+std::vector<std::uint32_t> generate(pie::Cache& cache, bool own_attention) {
   const Model model = random_model();
   Run run{cache, model, own_attention};
   std::vector<pie::StepEntry> batch;
@@ -238,7 +238,7 @@ pie::CacheOptions options_with(pie::Bytes device_bytes) {
 
 bool compare() {
   constexpr pie::Bytes small_bytes = 512 << 10;
-  pie::TieredCache roomy(options_with(16 << 20));
+  pie::Cache roomy(options_with(16 << 20));
   const std::vector<std::uint32_t> expected = generate(roomy, false);
   std::printf("last tokens:");
   for (std::size_t i = expected.size() - 12; i < expected.size(); ++i) {
@@ -248,7 +248,7 @@ bool compare() {
 
   bool all_equal = true;
   const auto try_out = [&](const char* name, const pie::CacheOptions& options, bool own_attention) {
-    pie::TieredCache cache(options);
+    pie::Cache cache(options);
     const bool equal = generate(cache, own_attention) == expected;
     const pie::Stats stats = cache.stats();
     std::printf("%-22s %5llu KiB of %llu KiB of KV on the device, %5llu KiB streamed: %s\n", name,

@@ -100,7 +100,7 @@ class Cache {
       : dtype_(options.geometry.dtype),
         kv_heads_(options.geometry.kv_heads),
         head_dim_(options.geometry.head_dim),
-        cache_(std::make_unique<pie::TieredCache>(options)) {}
+        cache_(std::make_unique<pie::Cache>(options)) {}
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;
   ~Cache() {
@@ -161,7 +161,7 @@ class Cache {
   pie::DType dtype_;
   std::size_t kv_heads_;
   std::size_t head_dim_;
-  std::unique_ptr<pie::TieredCache> cache_;
+  std::unique_ptr<pie::Cache> cache_;
 };
 
 // A step as a context manager, here so that no signal handler of Python's can run between its begin

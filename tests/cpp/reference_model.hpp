@@ -228,7 +228,7 @@ class Model {
         streams_(backend->capabilities().streams),
         kernel_(geometry, streams_ ? &sim() : nullptr),
         random_(geometry.layers),
-        cache_(std::make_unique<TieredCache>(geometry, policy, std::move(backend))) {
+        cache_(std::make_unique<Cache>(geometry, policy, std::move(backend))) {
     if (streams_) cache_->set_stream(compute_stream);
   }
 
@@ -361,7 +361,7 @@ class Model {
     expect(kernel_.failure().empty(), kernel_.failure());
   }
 
-  TieredCache& cache() { return *cache_; }
+  Cache& cache() { return *cache_; }
   [[nodiscard]] SimBackend& sim() const { return proxy_->inner(); }
   [[nodiscard]] std::uint64_t tickets() const {
     return sim().counts(Lane::pool_to_device).tickets + sim().counts(Lane::device_to_pool).tickets;
@@ -508,7 +508,7 @@ class Model {
   Reader reader_ = Reader::kernel;
   std::uint32_t layer_ = 0;  // the next
   std::vector<Entry> entries_;
-  std::unique_ptr<TieredCache> cache_;  // goes first
+  std::unique_ptr<Cache> cache_;  // goes first
 };
 
 }  // namespace pie::testing

@@ -124,7 +124,7 @@ TEST(Scheduler, ThreeFramesALayerAreEnoughForOneSequence) {
 // Many query heads on few KV heads have more state than KV: it must not count against the frames.
 TEST(Scheduler, ThreeFramesALayerAreEnoughForManyQueryHeads) {
   const Geometry geometry{3, 1, 64, 16, DType::f32};
-  TieredCache cache(geometry, "fit", open_sim(small_machine(geometry, 9, 500)));
+  Cache cache(geometry, "fit", open_sim(small_machine(geometry, 9, 500)));
   const std::vector<StepEntry> batch{{cache.add(), 70}};
   const std::vector<float> q(70 * 71 * 64, 0.1F);
   const Rows kv{q.data(), 64, 64};
@@ -308,7 +308,7 @@ TEST(Scheduler, AFailureTouchesOnlyItsSequence) {
 
 TEST(Scheduler, StepsOutOfTurnAreRefused) {
   Model model(2, "fit", options_for(2, 24, 400));
-  TieredCache& cache = model.cache();
+  Cache& cache = model.cache();
   const SequenceId id = model.add();
   const std::vector<StepEntry> batch{{id, 1}};
   const std::vector<float> row(64);
@@ -413,7 +413,7 @@ TEST(SchedulerBackendThrows, FromWaitInAnAbortEndsTheCacheAndNotTheProcess) {
   const ThrowingModel model(12, "fixed:1");
   const SequenceId id = model.model->add();
   model.grow(id, 100);
-  TieredCache& cache = model.model->cache();
+  Cache& cache = model.model->cache();
   model.model->begin({{id, 40}}, Reader::attend);
   model.throwing->fail_waits(1'000'000);
   EXPECT_THROW(model.model->layer(), std::runtime_error);
@@ -504,7 +504,7 @@ TEST(Scheduler, ComputesOnNoStreamItself) {
 // Calls the cache that runs it, as an embedder's kernel may.
 class Calling final : public LayerKernel {
  public:
-  explicit Calling(TieredCache& cache) : cache_(cache) {}
+  explicit Calling(Cache& cache) : cache_(cache) {}
   void store(std::byte* /*frame*/, std::uint32_t /*token*/, std::uint32_t /*rows*/,
              std::uint32_t /*row*/) override {}
   void attend(std::uint32_t layer, std::span<const KvPiece> pieces) override {
@@ -527,11 +527,11 @@ class Calling final : public LayerKernel {
     cache_.abort();
   }
 
-  TieredCache& cache_;
+  Cache& cache_;
 };
 
 TEST(CacheTurn, KernelsMayAskAndOtherThreadsMayNot) {
-  TieredCache cache(small_geometry(3), "fit", open_sim(options_for(3, 40, 100)));
+  Cache cache(small_geometry(3), "fit", open_sim(options_for(3, 40, 100)));
   const std::vector<StepEntry> batch{{cache.add(), 20}};
   Calling kernel(cache);
   cache.begin(batch, Reader::kernel);

@@ -76,7 +76,7 @@ class Sharing : public ::testing::Test {
     options.frame_bytes = geometry.frame_bytes();
     std::unique_ptr<SimBackend> backend = open_sim(options);
     machine_ = backend.get();
-    cache_ = std::make_unique<TieredCache>(geometry, policy, std::move(backend));
+    cache_ = std::make_unique<Cache>(geometry, policy, std::move(backend));
     stride_ = geometry.frame_bytes();
   }
 
@@ -138,7 +138,7 @@ class Sharing : public ::testing::Test {
 
   Bytes stride_ = 0;
   SimBackend* machine_ = nullptr;
-  std::unique_ptr<TieredCache> cache_;
+  std::unique_ptr<Cache> cache_;
   std::map<SequenceId, Stamps> held_;
   std::uint64_t last_stamp_ = 0;
   std::uint32_t first_seen_ = 0;  // token that the first of the batch was read from, last layer

@@ -93,19 +93,18 @@ struct Stats {
 
 // It belongs to the process that made it: in a forked child every call throws LogicError, and the
 // destructor does nothing.
-class TieredCache {
+class Cache {
  public:
   // Opens the host backend. Throws ConfigError for options that cannot work, the least device_bytes
   // that would among them.
-  explicit TieredCache(const CacheOptions& options);
+  explicit Cache(const CacheOptions& options);
 
   // Runs over a backend of the embedder's; its frames must hold `geometry.frame_bytes()`.
-  TieredCache(const Geometry& geometry, const std::string& policy,
-              std::unique_ptr<Backend> backend);
+  Cache(const Geometry& geometry, const std::string& policy, std::unique_ptr<Backend> backend);
 
-  TieredCache(const TieredCache&) = delete;
-  TieredCache& operator=(const TieredCache&) = delete;
-  ~TieredCache();
+  Cache(const Cache&) = delete;
+  Cache& operator=(const Cache&) = delete;
+  ~Cache();
 
   [[nodiscard]] const Geometry& geometry() const;
 
