@@ -7,6 +7,10 @@
 // rate in bytes a second: it reads the file round and round in pieces of the size and depth that
 // the host backend uses, through io_uring, into huge pages, evenly spread in time; 0 is silence.
 // Each line is answered by the bytes read since the one before. It ends with its input.
+#include <cstdio>
+
+#if defined(PIE_HAVE_LIBURING)
+
 #include <fcntl.h>
 #include <liburing.h>
 #include <poll.h>
@@ -14,7 +18,6 @@
 #include <unistd.h>
 
 #include <chrono>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -151,3 +154,13 @@ int main(int count, char** arguments) {
     return 1;
   }
 }
+
+#else
+
+int main() {
+  std::fputs("paced_read: this build has no io_uring: install liburing's headers and build again\n",
+             stderr);
+  return 2;
+}
+
+#endif

@@ -90,6 +90,7 @@ void Scheduler::shrink_device(std::uint32_t frames) {
     device.set_limit(device.capacity());
     throw;
   }
+  if (capabilities_.streams) drain();  // memory goes after all that uses it
   map_.resize_device(frames);
   transfers_.resize_device(frames);
   static_cast<void>(backend_.resize_device(frames));
@@ -118,6 +119,7 @@ void Scheduler::shrink_pool(std::uint32_t frames) {
     pool_frames_ = before;
     throw;
   }
+  if (capabilities_.streams) drain();
   pool.resize(frames, std::min(frames, limit));
   static_cast<void>(backend_.resize_pool(pool.limit()));
 }

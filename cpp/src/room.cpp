@@ -39,7 +39,7 @@ void Scheduler::make_room() {
 }
 
 void Scheduler::write_or_wait() {
-  if (transfers_.any()) {
+  if (transfers_.any() && !capabilities_.streams) {
     wait_for_room();
   } else if (!write_any()) {
     raise_errors();
@@ -113,9 +113,10 @@ bool Scheduler::write_any() {
   for (auto& [id, branch] : map_.branches()) {
     for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
       if (shape_.whole_layers && is_read_now(layer, branch)) continue;
+      const std::uint64_t before = transfers_.started_writes();
       branch.layers[layer].written = branch.layers[layer].gone;
       write_full(branch, layer, branch.full, true);
-      if (transfers_.any()) return true;
+      if (transfers_.started_writes() > before) return true;
     }
   }
   return false;
@@ -128,15 +129,18 @@ bool Scheduler::write_any() {
 // `rescue`, may take the pool copies of blocks that it keeps.
 void Scheduler::write_full(Branch& branch, std::uint32_t layer, std::uint32_t limit, bool rescue) {
   LayerBlocks& blocks = branch.layers[layer];
+  const std::uint64_t before = transfers_.started_writes();
   std::vector<FrameIndex> frames;
   while (blocks.written < limit) {
+    // On a stream what was written counts as such at once: a rescue must not take it back.
+    const bool saved = capabilities_.streams && transfers_.started_writes() > before;
     const std::uint32_t first = blocks.written;  // reclaiming pool frames may lower it
     frames.clear();
     std::uint32_t b = first;
     for (; b < limit && frames.size() < copy_frames_; ++b) {
       if (blocks.blocks[b].state != BlockState::dirty) break;
       const FrameIndex frame = take_pool_frame(blocks, std::max(limit, blocks.streamed) - b,
-                                               rescue || b < blocks.streamed);
+                                               (rescue && !saved) || b < blocks.streamed);
       if (frame == no_frame) break;
       frames.push_back(frame);
     }

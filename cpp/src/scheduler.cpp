@@ -332,6 +332,8 @@ void Scheduler::copy_block(const BlockKey& from, const BlockKey& to) {
 
 // What is next copied from the pool into either frame waits for it.
 void Scheduler::duplicate(FrameIndex from, FrameIndex to) {
+  transfers_.before_read(from);
+  transfers_.before_write(to);
   const Duplicate pair{from, to};
   backend_.duplicate(stream_, {&pair, 1});
   const Fence fence = backend_.record(stream_, Timing::unwanted);
@@ -450,6 +452,7 @@ void Scheduler::append(const Visit& visit, LayerKernel& kernel) {
       BlockMap::lengthen(layer);
       map_.place({&branch, layer_, index}, frame);
     }
+    transfers_.before_write(layer.blocks[index].device);
     kernel.store(backend_.address(layer.blocks[index].device), token % size, rows,
                  visit.first_row + token - visit.position);
     token += rows;
@@ -477,10 +480,11 @@ void Scheduler::fetch(std::size_t reading, std::uint32_t index, LayerKernel& ker
   if (block.state == BlockState::pooled) {
     cursor_ = {layer_, reading, index};
     pump();
+    if (block.present()) return;  // on a stream what was asked for is there
   }
   if (!collected_.empty() && !shape_.whole_layers) {
     flush(kernel);  // compute what is there while the rest arrives
-  } else if (block.state == BlockState::pooled && !transfers_.any()) {
+  } else if (block.state == BlockState::pooled && (!transfers_.any() || capabilities_.streams)) {
     make_room();
   } else {
     wait_for_room();
@@ -490,6 +494,10 @@ void Scheduler::fetch(std::size_t reading, std::uint32_t index, LayerKernel& ker
 
 void Scheduler::collect(const Reading& reading, std::uint32_t begin, std::uint32_t end) {
   collected_.push_back({reading.branch, begin, end});
+  const std::vector<Block>& blocks = reading.branch->layers[layer_].blocks;
+  for (std::uint32_t b = begin; capabilities_.streams && b < end; ++b) {
+    transfers_.before_read(blocks[b].device);
+  }
   for (const std::uint32_t visit : reading.visits) {
     progress_[visit].ready = std::max(progress_[visit].ready, reading.branch->first + end);
   }
@@ -723,6 +731,7 @@ void Scheduler::wait() {
 }
 
 void Scheduler::settle(const Branch& branch) {
+  if (capabilities_.streams) land();  // what was submitted is not to name the branch any more
   while (branch.in_flight > 0) wait();
 }
 
@@ -740,6 +749,7 @@ void Scheduler::raise_errors() {
   }
   const Health health = backend_.health();
   if (!health.ok) throw IoError("The device is lost: " + health.first_error);
+  if (!transfers_.lost().empty()) throw IoError("The device is lost: " + transfers_.lost());
 }
 
 // Where the last transfer under way has failed for good, what would make room cannot be written:

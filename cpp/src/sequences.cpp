@@ -136,6 +136,7 @@ void Scheduler::join_up(std::uint64_t id) {
 
 void Scheduler::merge(Branch& front, Branch& back) {
   if (front.users != back.users || front.full < front.blocks()) return;
+  if (capabilities_.streams) land();
   if (front.in_flight > 0 || back.in_flight > 0 || !back.error.empty()) return;
   const std::uint32_t at = front.blocks();
   for (std::deque<BlockKey>* keys : {&surplus_, &loaded_}) {

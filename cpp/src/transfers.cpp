@@ -43,23 +43,86 @@ std::vector<Copy> copies_of(const std::vector<Block>& blocks, std::uint32_t firs
 }  // namespace
 
 Transfers::Transfers(Backend& backend, BlockMap& map)
-    : backend_(backend), map_(map), readers_(map.device().capacity()) {}
+    : backend_(backend),
+      map_(map),
+      streams_(backend.capabilities().streams),
+      guards_(map.device().capacity()) {}
+
+// ---- guards -------------------------------------------------------------------------------------
+
+Ticket& Transfers::pool_guard(FrameIndex pool) {
+  if (pool >= pool_guards_.size()) pool_guards_.resize(pool + std::size_t{1});
+  return pool_guards_[pool];
+}
+
+// What must have passed before a copy: of a load, whoever reads its targets; of a write, whatever
+// fills its sources; on a stream, the copies before it that use any of the frames.
+std::vector<Dep> Transfers::deps_of(const Transfer& transfer) {
+  const std::vector<Block>& blocks = transfer.branch->layers[transfer.layer].blocks;
+  const bool load = transfer.lane == Lane::pool_to_device;
+  Fence fence;
+  std::vector<Dep> deps;
+  const auto add = [&](Ticket ticket) {
+    const auto same = [&](const Dep& dep) { return dep.ticket == ticket; };
+    if (ticket.id != 0 && in_flight_.contains(key_of(ticket)) && std::ranges::none_of(deps, same)) {
+      deps.push_back({{}, ticket});
+    }
+  };
+  for (std::uint32_t i = 0; i < transfer.count; ++i) {
+    const Block& block = blocks[transfer.first_block + i];
+    const Guard& guard = guards_[block.device];
+    fence.id = std::max(fence.id, guard.readers.id);
+    if (!streams_) continue;
+    add(guard.arrival);
+    add(guard.departure);
+    add(pool_guard(block.pool));
+  }
+  if (!load) fence = backend_.record(stream_, Timing::unwanted);
+  deps.push_back({fence, {}});
+  return deps;
+}
+
+void Transfers::note_guards(const Transfer& transfer, Ticket ticket) {
+  const std::vector<Block>& blocks = transfer.branch->layers[transfer.layer].blocks;
+  for (std::uint32_t i = 0; i < transfer.count; ++i) {
+    const Block& block = blocks[transfer.first_block + i];
+    Guard& guard = guards_[block.device];
+    if (transfer.lane == Lane::pool_to_device) {
+      guard = {{}, ticket, {}};
+    } else {
+      guard.departure = ticket;
+    }
+    pool_guard(block.pool) = ticket;
+  }
+}
+
+// Has the stream wait for a copy that is under way, once.
+void Transfers::order(Ticket& ticket) {
+  const auto found = in_flight_.find(key_of(ticket));
+  if (found != in_flight_.end() && !std::exchange(found->second.ordered, true)) {
+    backend_.depend(stream_, {{}, ticket});
+  }
+  ticket = {};
+}
+
+void Transfers::before_read(FrameIndex device) {
+  if (guards_[device].arrival.id != 0) order(guards_[device].arrival);
+}
+
+void Transfers::before_write(FrameIndex device) {
+  before_read(device);
+  if (guards_[device].departure.id != 0) order(guards_[device].departure);
+}
+
+// ---- copies -------------------------------------------------------------------------------------
 
 void Transfers::submit(const Transfer& transfer) {
   const std::vector<Block>& blocks = transfer.branch->layers[transfer.layer].blocks;
   const std::vector<Copy> copies =
       copies_of(blocks, transfer.first_block, transfer.count, transfer.lane);
-  Dep after;
-  if (transfer.lane == Lane::pool_to_device) {
-    for (std::uint32_t i = 0; i < transfer.count; ++i) {
-      const Fence fence = readers_[blocks[transfer.first_block + i].device];
-      after.fence.id = std::max(after.fence.id, fence.id);
-    }
-  } else {
-    after.fence = backend_.record(stream_, Timing::unwanted);
-  }
-  const Ticket ticket = backend_.submit(copies, {&after, 1});
+  const Ticket ticket = backend_.submit(copies, deps_of(transfer));
   in_flight_.emplace(key_of(ticket), transfer);
+  if (streams_) note_guards(transfer, ticket);
 }
 
 void Transfers::load(Branch& branch, std::uint32_t layer, std::uint32_t first_block,
@@ -76,6 +139,7 @@ void Transfers::write(Branch& branch, std::uint32_t layer, std::uint32_t first_b
   for (std::uint32_t i = 0; i < count; ++i) {
     map_.begin_write({&branch, layer, first_block + i}, pool_frames[i]);
   }
+  ++started_writes_;
   start({Lane::device_to_pool, &branch, layer, first_block, count, optional});
 }
 
@@ -87,7 +151,11 @@ void Transfers::start(const Transfer& transfer) {
     put_back(transfer);
     throw;
   }
-  ++transfer.branch->in_flight;
+  if (streams_) {
+    commit(transfer);
+  } else {
+    ++transfer.branch->in_flight;
+  }
 }
 
 void Transfers::commit(const Transfer& transfer) {
@@ -97,7 +165,7 @@ void Transfers::commit(const Transfer& transfer) {
     load ? map_.commit_load(key) : map_.commit_write(key);
   }
   (load ? loaded_frames_ : written_frames_) += transfer.count;
-  landed_.push_back(
+  landing_.push_back(
       {transfer.lane, transfer.branch, transfer.layer, transfer.first_block, transfer.count});
 }
 
@@ -142,6 +210,13 @@ void Transfers::end(const Completion& completion) {
   require(it != in_flight_.end(), "Transfers::land: a ticket ended that was never submitted.");
   Transfer transfer = it->second;
   in_flight_.erase(it);
+  if (streams_) {
+    if (completion.status != Status::ok && lost_.empty()) {
+      lost_ = std::string("a copy ") + (transfer.lane == Lane::pool_to_device ? "from" : "to") +
+              " the pool failed behind the stream: " + std::strerror(completion.error);
+    }
+    return;
+  }
   --transfer.branch->in_flight;
   if (completion.status != Status::ok && transfer.tries < tries_max) {
     ++transfer.tries;
@@ -157,18 +232,24 @@ void Transfers::end(const Completion& completion) {
 }
 
 const std::vector<Landed>& Transfers::land() {
-  landed_.clear();
   std::array<Completion, 64> ended;
   for (std::size_t count = ended.size(); count == ended.size() && any();) {
     count = backend_.poll(ended);
     for (std::size_t i = 0; i < count; ++i) end(ended[i]);
   }
+  landed_.clear();
+  landed_.swap(landing_);
   return landed_;
 }
 
 void Transfers::wait() { backend_.wait(wait_ns_max); }
 
 void Transfers::check() const {
+  if (streams_) {
+    require(map_.count(BlockState::writing) + map_.count(BlockState::loading) == 0,
+            "check: a block waits for a copy, and on a stream nothing does.");
+    return;
+  }
   std::vector<bool> device(map_.device().capacity());
   std::vector<bool> pool(map_.pool().capacity());
   std::uint32_t claimed = 0;

@@ -1,10 +1,15 @@
 // Copies under way: which blocks each ticket moves, and what its end means for them.
 //
-// The only caller of Backend::submit and poll. A copy that fails is tried again a bounded number of
-// times; then its blocks go back to where they were and the first error is kept on their branch.
+// The only caller of Backend::submit and poll. Where the calling thread computes, blocks are in
+// flight until their copy has ended; one that fails is tried again a bounded number of times, then
+// its blocks go back to where they were and the first error is kept on their branch.
+//
+// Where compute is on a stream nobody waits: a block counts as moved when its copy is submitted,
+// and frames of both tiers keep guards, the tickets and fences that must pass before what comes
+// next. What is copied waits for them by `after`, what is computed by `depend`. A copy that fails
+// there means a lost device, since compute is enqueued behind it already.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <unordered_map>
@@ -39,13 +44,19 @@ class Transfers {
 
   // A device frame was read by everything given to the compute stream so far: what is next copied
   // into it waits for that.
-  void read_until(FrameIndex device, Fence fence) { readers_[device] = fence; }
-  void read_until(Fence fence) { std::ranges::fill(readers_, fence); }
+  void read_until(FrameIndex device, Fence fence) { guards_[device].readers = fence; }
+  void read_until(Fence fence) {
+    for (Guard& guard : guards_) guard.readers = fence;
+  }
 
   // What blocks are filled by: what is copied out of them waits for what that was given so far.
   void set_stream(ComputeStream stream) { stream_ = stream; }
 
-  // Applies what has ended and returns it; the reference is good until the next call.
+  // What the stream is about to do with a device frame: it is made to wait where it must.
+  void before_read(FrameIndex device);
+  void before_write(FrameIndex device);
+
+  // Applies what has ended, or was submitted to a stream, and returns it; good until the next call.
   const std::vector<Landed>& land();
 
   // Waits until something has ended, or a while.
@@ -55,15 +66,19 @@ class Transfers {
   [[nodiscard]] bool loading() const { return map_.count(BlockState::loading) > 0; }
   [[nodiscard]] std::uint64_t loaded_frames() const { return loaded_frames_; }
   [[nodiscard]] std::uint64_t written_frames() const { return written_frames_; }
+  [[nodiscard]] std::uint64_t started_writes() const { return started_writes_; }
   [[nodiscard]] std::uint64_t retries() const { return retries_; }
   [[nodiscard]] std::uint64_t given_up() const { return given_up_; }
   [[nodiscard]] std::uint64_t failed_writes() const { return failed_writes_; }
+
+  // Why the device is lost, by a copy that failed behind a stream; empty while it is not.
+  [[nodiscard]] const std::string& lost() const { return lost_; }
 
   // Whether some branch has an error that was not taken yet.
   [[nodiscard]] bool troubled() const { return troubled_ > 0; }
   [[nodiscard]] std::string take_error(Branch& branch);
 
-  void resize_device(std::uint32_t frames) { readers_.resize(frames); }
+  void resize_device(std::uint32_t frames) { guards_.resize(frames); }
 
   // Every block in flight is claimed by exactly one ticket and no frame by two. Throws LogicError.
   void check() const;
@@ -77,8 +92,20 @@ class Transfers {
     std::uint32_t count = 0;
     bool optional = false;
     std::uint32_t tries = 1;
+    bool ordered = false;  // the stream waits for it
   };
 
+  // Of a device frame. Value 0 is "none".
+  struct Guard {
+    Fence readers;     // of what was read on the stream
+    Ticket arrival;    // fills it
+    Ticket departure;  // copies it to the pool
+  };
+
+  [[nodiscard]] std::vector<Dep> deps_of(const Transfer& transfer);
+  void note_guards(const Transfer& transfer, Ticket ticket);
+  [[nodiscard]] Ticket& pool_guard(FrameIndex pool);
+  void order(Ticket& ticket);
   void start(const Transfer& transfer);
   void submit(const Transfer& transfer);
   void end(const Completion& completion);
@@ -90,10 +117,15 @@ class Transfers {
   ComputeStream stream_;
   BlockMap& map_;
   std::unordered_map<std::uint64_t, Transfer> in_flight_;  // by ticket, lane in the lowest bit
-  std::vector<Fence> readers_;                             // by device frame
-  std::vector<Landed> landed_;
+  const bool streams_;
+  std::vector<Guard> guards_;        // by device frame
+  std::vector<Ticket> pool_guards_;  // by pool frame, of the last copy that used it; for streams
+  std::vector<Landed> landing_;      // since `land` was called
+  std::vector<Landed> landed_;       // what it returned
+  std::string lost_;
   std::uint64_t loaded_frames_ = 0;
   std::uint64_t written_frames_ = 0;
+  std::uint64_t started_writes_ = 0;  // tickets
   std::uint64_t retries_ = 0;
   std::uint64_t given_up_ = 0;       // transfers that failed each time they were tried,
   std::uint64_t failed_writes_ = 0;  // and those of them that were optional

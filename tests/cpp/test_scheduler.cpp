@@ -488,6 +488,48 @@ TEST(Scheduler, ADecodeStepIsStalledWhileItBegins) {
   EXPECT_EQ(after.decode_stall_ns - before.decode_stall_ns, after.stall_ns - before.stall_ns);
 }
 
+// The model checks after each call that the clock has stood still; this is the plain case of it.
+TEST(Scheduler, OnAStreamTheHostWaitsForNothing) {
+  Geometry geometry = small_geometry(4);
+  geometry.windows = {0, 40, 0, 40};
+  SimOptions options = small_machine(geometry, 24, 1000);
+  options.streams = true;
+  testing::Model model(geometry, "fit", options);
+  const SequenceId first = model.add();
+  model.step({{first, 90}}, Reader::kernel, 4);
+  const SequenceId second = model.fork(first);
+  for (int i = 0; i < 50; ++i) {
+    const std::uint32_t more = i % 7 == 0 ? 20 : 1;
+    model.step({{first, 1}, {second, more}}, Reader::kernel, 4);
+    model.check();
+  }
+  const Stats stats = model.cache().stats();
+  EXPECT_GT(stats.streamed_bytes, stats.device_bytes);
+  EXPECT_EQ(stats.stall_ns, 0);
+}
+
+TEST(Scheduler, ACopyThatFailsBehindAStreamIsALostDevice) {
+  SimOptions options = options_for(2, 12, 100);
+  options.streams = true;
+  options.faults.failed_ticket = 3;
+  testing::Model model(small_geometry(2), "fit", options);
+  const SequenceId id = model.add();
+  std::uint32_t failed = 0;
+  for (int i = 0; i < 12; ++i) {
+    try {
+      model.step({{id, 30}}, Reader::kernel, 2);
+      model.settle();
+    } catch (const IoError& error) {
+      EXPECT_EQ(error.sequence(), 0U);
+      EXPECT_NE(std::string(error.what()).find("behind the stream"), std::string::npos);
+      ++failed;
+    }
+  }
+  EXPECT_GT(failed, 6U) << "it stays lost";
+  model.free(id);
+  EXPECT_EQ(model.cache().stats().device_bytes_used, 0U);
+}
+
 TEST(Scheduler, ComputesOnNoStreamItself) {
   SimOptions options = options_for(2, 40, 100);
   options.streams = true;

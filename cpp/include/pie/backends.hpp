@@ -106,6 +106,7 @@ struct SimOptions {
 // Of one lane.
 struct SimCounts {
   std::uint64_t tickets = 0;
+  std::uint64_t failed = 0;  // of them, that have ended failed or corrupt
   std::uint64_t copies = 0;
   std::uint64_t frames = 0;
 };

@@ -377,6 +377,7 @@ void Sim::land(const Flight& flight) {
 
 void Sim::end(Tickets::Entry& entry) {
   entry.completion.ended = now_;
+  if (entry.completion.status != Status::ok) ++state(entry.completion.ticket.lane).counts.failed;
   tickets_.end(entry.completion.ticket);
 }
 
