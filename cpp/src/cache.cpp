@@ -119,7 +119,7 @@ class Cache::Impl {
   void truncate(SequenceId id, std::uint32_t tokens);
   void resize(Bytes device_bytes, Bytes pool_bytes);
   [[nodiscard]] OpenStep open_step() const {
-    return in_step_ ? OpenStep{total_rows(), next_layer_} : OpenStep{};
+    return in_step_ ? OpenStep{total_rows_, next_layer_} : OpenStep{};
   }
   [[nodiscard]] Stats stats() const;
   [[nodiscard]] Bytes kv_bytes() const;
@@ -150,7 +150,6 @@ class Cache::Impl {
     return backend_->address(scheduler_.map().device().limit());
   }
   [[nodiscard]] std::uint32_t longest() const;
-  [[nodiscard]] std::uint32_t total_rows() const;
   void note_peaks();
 
   bool in_step_ = false;
@@ -158,6 +157,7 @@ class Cache::Impl {
   std::exception_ptr late_;  // from after the end of a step
   Reader reader_ = Reader::attend;
   std::vector<Growth> batch_;
+  std::uint32_t total_rows_ = 0;  // of the batch
   std::uint32_t next_layer_ = 0;
   std::uint32_t query_heads_;  // of the last attend: staging is sized for it
   std::uint32_t rows_per_wave_ = 0;
@@ -200,6 +200,8 @@ void Cache::Impl::begin(std::span<const StepEntry> batch, Reader reader) {
                      " tokens; one step serves at most " + std::to_string(tokens_max) + ".");
   }
   batch_ = std::move(growths);
+  total_rows_ = 0;
+  for (const Growth& growth : batch_) total_rows_ += growth.new_tokens;
   reader_ = reader;
   start();
 }
@@ -225,14 +227,14 @@ void Cache::Impl::start() {
 }
 
 void Cache::Impl::begin_with(std::uint32_t staging) {
-  rows_per_wave_ = total_rows();
+  rows_per_wave_ = total_rows_;
   if (reader_ == Reader::attend) {
     const Bytes row = state_row_bytes();
     const Bytes room = staging == 0 ? scratch_bytes : staging * capabilities_.frame_stride;
-    rows_per_wave_ = static_cast<std::uint32_t>(std::clamp<Bytes>(room / row, 1, total_rows()));
+    rows_per_wave_ = static_cast<std::uint32_t>(std::clamp<Bytes>(room / row, 1, total_rows_));
   }
   try {
-    scheduler_.begin(batch_, {staging, rows_per_wave_ < total_rows(), reader_ == Reader::pages});
+    scheduler_.begin(batch_, {staging, rows_per_wave_ < total_rows_, reader_ == Reader::pages});
   } catch (...) {
     scheduler_.abort();
     throw;
@@ -271,12 +273,6 @@ std::uint32_t Cache::Impl::longest() const {
   return tokens;
 }
 
-std::uint32_t Cache::Impl::total_rows() const {
-  std::uint32_t rows = 0;
-  for (const Growth& growth : batch_) rows += growth.new_tokens;
-  return rows;
-}
-
 // Frames at the top of the arena for contiguous K and V, or for the state of one wave's rows; 0
 // where that is scratch.
 std::uint32_t Cache::Impl::staging_frames() const {
@@ -292,7 +288,7 @@ std::uint32_t Cache::Impl::staging_frames() const {
   const Bytes most = device_frames() / staging_share;
   if (most * stride < std::max(scratch_bytes, row)) return 0;
   return static_cast<std::uint32_t>(
-      std::min(frames(row * std::min(total_rows(), wave_rows_max)), most));
+      std::min(frames(row * std::min(total_rows_, wave_rows_max)), most));
 }
 
 // Cuts the step's packed rows into waves of at most `rows_per_wave` rows.

@@ -130,7 +130,7 @@ void Transfers::load(Branch& branch, std::uint32_t layer, std::uint32_t first_bl
   for (std::uint32_t i = 0; i < device.count; ++i) {
     map_.begin_load({&branch, layer, first_block + i}, device.first + i, ring);
   }
-  start({Lane::pool_to_device, &branch, layer, first_block, device.count});
+  start({{Lane::pool_to_device, &branch, layer, first_block, device.count}});
 }
 
 void Transfers::write(Branch& branch, std::uint32_t layer, std::uint32_t first_block,
@@ -140,7 +140,7 @@ void Transfers::write(Branch& branch, std::uint32_t layer, std::uint32_t first_b
     map_.begin_write({&branch, layer, first_block + i}, pool_frames[i]);
   }
   ++started_writes_;
-  start({Lane::device_to_pool, &branch, layer, first_block, count, optional});
+  start({{Lane::device_to_pool, &branch, layer, first_block, count}, optional});
 }
 
 // Where the backend throws, the blocks are as they were.
@@ -165,8 +165,7 @@ void Transfers::commit(const Transfer& transfer) {
     load ? map_.commit_load(key) : map_.commit_write(key);
   }
   (load ? loaded_frames_ : written_frames_) += transfer.count;
-  landing_.push_back(
-      {transfer.lane, transfer.branch, transfer.layer, transfer.first_block, transfer.count});
+  landing_.push_back(transfer);
 }
 
 void Transfers::put_back(const Transfer& transfer) {

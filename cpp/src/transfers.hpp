@@ -20,7 +20,8 @@
 
 namespace pie {
 
-// Adjacent blocks of one layer of one branch whose copy has ended well.
+// Adjacent blocks of one layer of one branch that one ticket moves, and that have landed once their
+// copy has ended well.
 struct Landed {
   Lane lane = Lane::pool_to_device;
   Branch* branch = nullptr;
@@ -84,12 +85,7 @@ class Transfers {
   void check() const;
 
  private:
-  struct Transfer {
-    Lane lane = Lane::pool_to_device;
-    Branch* branch = nullptr;
-    std::uint32_t layer = 0;
-    std::uint32_t first_block = 0;
-    std::uint32_t count = 0;
+  struct Transfer : Landed {
     bool optional = false;
     std::uint32_t tries = 1;
     bool ordered = false;  // the stream waits for it
@@ -116,7 +112,7 @@ class Transfers {
   Backend& backend_;
   ComputeStream stream_;
   BlockMap& map_;
-  std::unordered_map<std::uint64_t, Transfer> in_flight_;  // by ticket, lane in the lowest bit
+  std::unordered_map<std::uint64_t, Transfer> in_flight_;  // by ticket: its id and its lane
   const bool streams_;
   std::vector<Guard> guards_;        // by device frame
   std::vector<Ticket> pool_guards_;  // by pool frame, of the last copy that used it; for streams

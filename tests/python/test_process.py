@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import pie
-from pie import _core, threads
+from pie import _core
 
 LAYERS, HEADS, HEAD_DIM = 3, 2, 32
 
@@ -207,7 +207,7 @@ def test_each_thread_has_its_own_team() -> None:
         with cache.step([(sequence, 1)]) as step:
             rows = torch.randn(3, 1, HEADS, HEAD_DIM)
             step.attend(0, *rows)
-            threads.torch.set_num_threads(1)
+            torch.set_num_threads(1)
             other = threading.Thread(target=compute)
             other.start()
             other.join()

@@ -228,7 +228,6 @@ class HostBackend final : public Backend {
   }
 
  private:
-  void require_possible(const Copy& copy) const;
   template <typename Visitor>
   void for_each_frame(const Tickets::Entry& entry, const Visitor& visitor) const;
   void note_checksums(const Tickets::Entry& entry);
@@ -253,22 +252,9 @@ class HostBackend final : public Backend {
   std::vector<SegmentEnd> segment_ends_;               // empty between calls; kept for its memory
 };
 
-void HostBackend::require_possible(const Copy& copy) const {
-  require(copy.from.tier != Tier::disk && copy.to.tier != Tier::disk,
-          "submit: this backend has no disk behind its pool: its pool is on disk");
-  const FrameIndex device = first_in(Tier::device, copy);
-  require(device < device_frames_ && copy.count <= device_frames_ - device,
-          "submit: a copy reaches beyond the device frames there are");
-  const FrameIndex pool = first_in(Tier::pool, copy);
-  require(pool < pool_frames_ && copy.count <= pool_frames_ - pool,
-          "submit: a copy reaches beyond the pool frames that resize_pool has made usable");
-}
-
 Ticket HostBackend::submit(std::span<const Copy> copies, std::span<const Dep> after) {
   require(io_ != nullptr, "submit: this backend was opened without a pool");
-  for (const Copy& copy : copies) {
-    if (copy.count > 0) require_possible(copy);
-  }
+  require_in_range(copies, device_frames_, pool_frames_);
   const Ticket ticket = tickets_.open(copies, after);
   pump();
   return ticket;

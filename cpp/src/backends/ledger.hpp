@@ -32,6 +32,22 @@ namespace pie {
   return copy.from.tier == tier ? copy.from.first : copy.to.first;
 }
 
+// Throws LogicError for copies beyond these frames of a device and a pool, or to and from a disk.
+inline void require_in_range(std::span<const Copy> copies, std::uint32_t device_frames,
+                             std::uint32_t pool_frames) {
+  for (const Copy& copy : copies) {
+    if (copy.count == 0) continue;
+    require(copy.from.tier != Tier::disk && copy.to.tier != Tier::disk,
+            "submit: this backend has no disk tier behind its pool");
+    const FrameIndex device = first_in(Tier::device, copy);
+    require(device < device_frames && copy.count <= device_frames - device,
+            "submit: a copy reaches beyond the device frames there are");
+    const FrameIndex pool = first_in(Tier::pool, copy);
+    require(pool < pool_frames && copy.count <= pool_frames - pool,
+            "submit: a copy reaches beyond the pool frames that resize_pool has made usable");
+  }
+}
+
 template <class Work>
 class Ledger {
  public:

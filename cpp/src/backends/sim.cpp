@@ -123,7 +123,6 @@ class Sim final : public SimBackend {
   bool chance(double probability) { return probability > 0 && draw() < probability; }
   void schedule(Event event);
 
-  void require_possible(const Copy& copy) const;
   [[nodiscard]] bool refuses_growth();
   void draw_fate(Tickets::Entry& entry);
 
@@ -263,23 +262,10 @@ PoolSize Sim::resize_pool(std::uint32_t frames) {
   return {usable, false};
 }
 
-void Sim::require_possible(const Copy& copy) const {
-  require(copy.from.tier != Tier::disk && copy.to.tier != Tier::disk,
-          "submit: the simulated machine has no disk");
-  const FrameIndex device = first_in(Tier::device, copy);
-  require(device < device_usable_ && copy.count <= device_usable_ - device,
-          "submit: a copy reaches beyond the device frames there are");
-  const FrameIndex pool = first_in(Tier::pool, copy);
-  require(pool < pool_usable_ && copy.count <= pool_usable_ - pool,
-          "submit: a copy reaches beyond the pool frames that resize_pool has made usable");
-}
-
 // ---- tickets ------------------------------------------------------------------------------------
 
 Ticket Sim::submit(std::span<const Copy> copies, std::span<const Dep> after) {
-  for (const Copy& copy : copies) {
-    if (copy.count > 0) require_possible(copy);
-  }
+  require_in_range(copies, device_usable_, pool_usable_);
   const Ticket ticket = tickets_.open(copies, after);
   draw_fate(tickets_.at(ticket));
   ++state(ticket.lane).counts.tickets;

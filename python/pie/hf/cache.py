@@ -355,7 +355,7 @@ class TieredCache(Cache):
         if layer == 0:
             self._open(keys.shape[0], keys.shape[2], [0] * keys.shape[0])
         gathered = self.kv.gather(layer, _packed(keys), _packed(values))
-        self._advance()
+        self._advance(layer)
         return gathered
 
     def _attend(
@@ -382,7 +382,7 @@ class TieredCache(Cache):
             attended = self.kv.attend(layer, *real, **options)
             out = query.new_zeros((batch * tokens, heads, head_dim))
             out.index_copy_(0, forward.real, attended)
-        self._advance()
+        self._advance(layer)
         return out.view(batch, tokens, heads, head_dim)
 
     def _take_back(self) -> None:
@@ -445,11 +445,13 @@ class TieredCache(Cache):
             )
             self._context = None  # said once
 
-    def _advance(self) -> None:
+    def _advance(self, layer: int) -> None:
         """A layer is done; after the last one the step is."""
-        if self._due() == len(self):
-            self._forward().step.__exit__(None, None, None)
-            self._settle()
+        if layer + 1 == len(self):
+            forward = self._forward()
+            forward.step.__exit__(None, None, None)
+            self._rows = forward.after  # an interrupt before this line is mended by _settle
+            self._pass = None
             self._keys = self._short = None
 
     def _is_finished(self, forward: _Pass) -> bool:
