@@ -190,7 +190,6 @@ void BlockMap::leave_device(const BlockKey& key) {
   key.branch->layers[key.layer].frames[key.block] = nullptr;
   device_.release(block.device);
   block.device = no_frame;
-  keep(key);
 }
 
 void BlockMap::leave_pool(Block& block) {
@@ -240,12 +239,10 @@ void BlockMap::evict(const BlockKey& key) {
   set_state(key, BlockState::pooled);
 }
 
-void BlockMap::begin_load(const BlockKey& key, FrameIndex device, bool ring) {
-  Block& block = at(key);
-  require(block.state == BlockState::pooled, "BlockMap::begin_load: the block is not in the pool.");
+void BlockMap::begin_load(const BlockKey& key, FrameIndex device) {
+  require(at(key).state == BlockState::pooled,
+          "BlockMap::begin_load: the block is not in the pool.");
   enter_device(key, device);
-  block.ring = ring;
-  if (ring) ++ring_;
   set_state(key, BlockState::loading);
 }
 
@@ -265,14 +262,7 @@ void BlockMap::soil(const BlockKey& key) {
   if (block.state == BlockState::dirty) return;
   require(block.state == BlockState::clean, "BlockMap::soil: the block is not on the device.");
   leave_pool(block);
-  keep(key);
   set_state(key, BlockState::dirty);
-}
-
-void BlockMap::keep(const BlockKey& key) {
-  Block& block = at(key);
-  if (block.ring) --ring_;
-  block.ring = false;
 }
 
 void BlockMap::relocate(const BlockKey& key, FrameIndex device) {
@@ -287,6 +277,7 @@ void BlockMap::drop(const BlockKey& key) {
   require(!at(key).in_flight(), "BlockMap::drop: a transfer of the block is in flight.");
   leave_device(key);
   leave_pool(at(key));
+  key.branch->layers[key.layer].frames[key.block] = nullptr;
   set_state(key, BlockState::empty);
 }
 
@@ -336,7 +327,8 @@ void BlockMap::check_block(const BlockKey& key, std::vector<bool>& pool_seen) co
   require(on_device == (block.device != no_frame),
           "check: a block's device frame and state differ.");
   require(in_pool == (block.pool != no_frame), "check: a block's pool frame and state differ.");
-  require(layer.frames[key.block] == (on_device ? arena_ + block.device * stride_ : nullptr),
+  require(block.state == BlockState::pooled ||
+              layer.frames[key.block] == (on_device ? arena_ + block.device * stride_ : nullptr),
           "check: a block's frame in the table is another.");
   if (on_device) {
     const BlockKey owner = owners_[block.device];
@@ -349,8 +341,6 @@ void BlockMap::check_block(const BlockKey& key, std::vector<bool>& pool_seen) co
     require(!pool_.is_free(block.pool), "check: a pool frame in use is marked free.");
     pool_seen[block.pool] = true;
   }
-  require(!block.ring || block.state == BlockState::loading || block.state == BlockState::clean,
-          "check: a ring frame holds a block that was not loaded.");
 }
 
 void BlockMap::check_paths() const {
@@ -391,7 +381,6 @@ void BlockMap::check_layer(Branch& branch, std::uint32_t layer,
 
 void BlockMap::check_frames() const {
   std::array<std::uint32_t, block_states> counts{};
-  std::uint32_t ring = 0;
   std::uint32_t set_aside = 0;
   std::vector<bool> pool_seen(pool_.capacity());
   for (const auto& [id, branch] : branches_) {
@@ -400,12 +389,10 @@ void BlockMap::check_frames() const {
       set_aside += branch.layers[layer].extent.count;
       for (const Block& block : branch.layers[layer].blocks) {
         if (block.state != BlockState::empty) ++counts[static_cast<std::size_t>(block.state)];
-        ring += block.ring ? 1 : 0;
       }
     }
   }
   require(counts == counts_, "check: the counts of blocks by state are wrong.");
-  require(ring == ring_, "check: the count of ring frames is wrong.");
   require(set_aside == set_aside_, "check: the count of pool frames set aside is wrong.");
 }
 

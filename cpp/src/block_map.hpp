@@ -19,7 +19,7 @@
 //   dirty    only on the device: partial, or full and not yet written
 //   writing  full, on the device, its pool copy in flight; counts as being on the device
 //   clean    on the device with a committed pool copy: evicting it is a discard
-//   pooled   only in the pool
+//   pooled   only in the pool; what is read of it is fetched into the ring, which the map knows not
 //   loading  its device frame is being filled
 //
 // `drop` takes a block that is not in flight back to empty. The map owns the bookkeeping of both
@@ -45,7 +45,6 @@ struct Block {
   FrameIndex device = no_frame;
   FrameIndex pool = no_frame;
   BlockState state = BlockState::empty;
-  bool ring = false;  // its device frame belongs to the ring: loaded to be used once
 
   // Readable where it lies on the device.
   [[nodiscard]] bool present() const {
@@ -59,7 +58,8 @@ struct Block {
 // The blocks of one layer of one branch; indices count from the branch's first block.
 struct LayerBlocks {
   std::vector<Block> blocks;
-  std::vector<const std::byte*> frames;  // by block, where on the device it lies; null: nowhere
+  std::vector<const std::byte*> frames;  // by block, where on the device it lies; a pooled one:
+                                         // where in the ring it was last
   std::uint32_t present = 0;             // blocks readable on the device
   std::uint32_t pooled = 0;              // blocks only in the pool
   std::uint32_t gone = 0;                // blocks [0, gone) are empty: no row sees them any more
@@ -145,6 +145,11 @@ class BlockMap {
     return key.branch->layers[key.layer].blocks[key.block];
   }
 
+  // Where a pooled block is while it is read.
+  void show(const BlockKey& key, FrameIndex device) const {
+    key.branch->layers[key.layer].frames[key.block] = arena_ + device * stride_;
+  }
+
   // One empty block more at the end of a layer, or the last block, at rest, dropped and gone.
   static void lengthen(LayerBlocks& layer);
   void shorten(Branch& branch, std::uint32_t layer);
@@ -155,11 +160,10 @@ class BlockMap {
   void commit_write(const BlockKey& key);
   void fail_write(const BlockKey& key);
   void evict(const BlockKey& key);
-  void begin_load(const BlockKey& key, FrameIndex device, bool ring);
+  void begin_load(const BlockKey& key, FrameIndex device);
   void commit_load(const BlockKey& key);
   void fail_load(const BlockKey& key);
   void soil(const BlockKey& key);
-  void keep(const BlockKey& key);  // a ring block becomes resident where it is
   void relocate(const BlockKey& key, FrameIndex device);
   void drop(const BlockKey& key);
 
@@ -177,7 +181,6 @@ class BlockMap {
   [[nodiscard]] std::uint32_t count(BlockState state) const {
     return counts_[static_cast<std::size_t>(state)];
   }
-  [[nodiscard]] std::uint32_t ring_frames() const { return ring_; }
 
   // Every frame has at most one owner, each tier's frames add up, states and counts agree, every
   // path covers its sequence. Throws LogicError.
@@ -205,7 +208,6 @@ class BlockMap {
   std::uint64_t next_branch_ = 1;
   std::vector<BlockKey> owners_;  // by device frame
   std::array<std::uint32_t, block_states> counts_{};
-  std::uint32_t ring_ = 0;
   std::uint32_t set_aside_ = 0;  // pool frames in extents, not yet used
 };
 

@@ -11,7 +11,7 @@ namespace pie {
 void Scheduler::resize(std::uint32_t device_frames, std::uint32_t pool_frames) {
   stop_prefetch();
   land();
-  map_.device().set_limit(map_.device().capacity());  // the last step's staging is over
+  divide(0, 0);  // the last step's staging is over, and what the ring holds
   shape_ = {};
   std::vector<BranchView> views;
   Snapshot now = snapshot(device_frames, pool_frames, views);
@@ -132,7 +132,7 @@ void Scheduler::empty_retired_pool(std::uint32_t frames) {
     if (!streamed && BlockMap::at(key).state == BlockState::pooled) load_now(key);
   });
   drain();
-  static_cast<void>(reclaim_pool());
+  static_cast<void>(reclaim_pool(map_.pool().capacity()));
   for_each_block([&](const BlockKey& key) {
     const FrameIndex frame = BlockMap::at(key).pool;
     if (frame != no_frame && frame >= frames) move_down(key);
@@ -142,17 +142,15 @@ void Scheduler::empty_retired_pool(std::uint32_t frames) {
 // Gives a block's pool copy another pool frame.
 void Scheduler::move_down(const BlockKey& key) {
   load_now(key);
-  map_.soil(key);
-  key.branch->layers[key.layer].written =
-      std::min(key.branch->layers[key.layer].written, key.block);
+  soil(key);
   const FrameIndex frame = take_pool_frame(key.branch->layers[key.layer], 1, true);
   if (frame == no_frame) {
     throw CapacityError("resize: the pool cannot shrink so far while so much is held.");
   }
   transfers_.write(*key.branch, key.layer, key.block, {frame}, false);
   settle(*key.branch);
-  if (BlockMap::at(key).state != BlockState::clean) raise_error(*key.branch);
-  map_.evict(key);
+  if (BlockMap::at(key).pool == no_frame) raise_error(*key.branch);
+  if (BlockMap::at(key).state == BlockState::clean) map_.evict(key);
 }
 
 }  // namespace pie

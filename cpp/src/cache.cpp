@@ -256,7 +256,7 @@ void Cache::Impl::restart(std::uint32_t query_heads) {
 
 // Where a wave's attention state lies: in staging, or in scratch.
 float* Cache::Impl::state() {
-  if (scheduler_.map().device().reserved() > 0) return reinterpret_cast<float*>(staging());
+  if (scheduler_.staging_frames() > 0) return reinterpret_cast<float*>(staging());
   scratch_.resize(rows_per_wave_ * state_row_bytes() / sizeof(float));
   return scratch_.data();
 }
@@ -434,9 +434,8 @@ void Cache::Impl::abort() noexcept {
 // ---- seeing it ----------------------------------------------------------------------------------
 
 void Cache::Impl::note_peaks() {
-  const FramePool& device = scheduler_.map().device();
   const Bytes stride = capabilities_.frame_stride;
-  const Bytes device_used = (Bytes{device.used()} + device.reserved()) * stride;
+  const Bytes device_used = scheduler_.frames_in_use() * stride;
   const Bytes pool_used = scheduler_.map().pool().used() * stride;
   counters_.device_bytes_peak = std::max(counters_.device_bytes_peak, device_used);
   counters_.pool_bytes_peak = std::max(counters_.pool_bytes_peak, pool_used);
@@ -447,7 +446,7 @@ Stats Cache::Impl::stats() const {
   const Bytes stride = capabilities_.frame_stride;
   Stats stats = counters_;
   stats.device_bytes = device_frames() * stride;
-  stats.device_bytes_used = (Bytes{map.device().used()} + map.device().reserved()) * stride;
+  stats.device_bytes_used = scheduler_.frames_in_use() * stride;
   stats.pool_bytes = map.pool().capacity() * stride;
   stats.pool_bytes_used = map.pool().used() * stride;
   stats.kv_bytes = kv_bytes();
@@ -463,7 +462,7 @@ Stats Cache::Impl::stats() const {
   }
   stats.sequences = static_cast<std::uint32_t>(map.sequences().size());
   stats.block_tokens = geometry_.block_tokens;
-  stats.resident_frames = map.device().used() - map.ring_frames();
+  stats.resident_frames = map.device().used();
   stats.ring_frames = scheduler_.plan().ring_frames;
   stats.policy = scheduler_.policy().name();
   stats.pool_io = capabilities_.pool_io;

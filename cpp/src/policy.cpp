@@ -2,8 +2,10 @@
 #include "pie/policy.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <charconv>
 #include <cmath>
+#include <utility>
 
 #include "pie/error.hpp"
 
@@ -11,48 +13,123 @@ namespace pie {
 
 namespace {
 
+// The active blocks of the layers of one window.
+struct ClassTotal {
+  std::uint64_t full = 0;  // frames
+  std::uint32_t layers = 0;
+};
+
 struct Totals {
   std::uint64_t full_active = 0;
   std::uint64_t full_idle = 0;
   std::uint64_t pinned = 0;
+  std::vector<ClassTotal> classes;  // by layer_class
 
   [[nodiscard]] std::uint64_t full() const { return full_active + full_idle; }
 };
 
+std::uint64_t full_frames(const BranchView& view) {
+  return std::uint64_t{view.full_blocks} * view.layers;
+}
+
+std::uint64_t ceil_of(std::uint64_t a, std::uint64_t b) { return (a + b - 1) / b; }
+
 Totals totals_of(const Snapshot& snapshot) {
   Totals totals;
-  for (const BranchView& branch : snapshot.branches) {
-    const std::uint64_t full = std::uint64_t{branch.full_blocks} * branch.layers;
-    (branch.active ? totals.full_active : totals.full_idle) += full;
-    totals.pinned += std::uint64_t{branch.pinned_blocks} * branch.layers;
+  for (const BranchView& view : snapshot.branches) {
+    (view.active ? totals.full_active : totals.full_idle) += full_frames(view);
+    totals.pinned += std::uint64_t{view.pinned_blocks} * view.layers;
+    if (!view.active) continue;
+    if (view.layer_class >= totals.classes.size()) totals.classes.resize(view.layer_class + 1);
+    totals.classes[view.layer_class].full += full_frames(view);
+    totals.classes[view.layer_class].layers = view.layers;
   }
   return totals;
 }
 
 // Gives `frames` to the branches of one kind in proportion to their full frames, exactly.
-void share_out(const Snapshot& snapshot, bool active, std::uint64_t total, std::uint64_t frames,
+void share_out(const Snapshot& snapshot, bool active, std::uint64_t frames,
                std::vector<std::uint32_t>& streamed) {
-  if (total == 0) return;
+  std::uint64_t total = 0;
+  for (const BranchView& view : snapshot.branches) {
+    total += view.active == active ? full_frames(view) : 0;
+  }
   std::uint64_t before = 0;
-  for (std::size_t i = 0; i < snapshot.branches.size(); ++i) {
-    const BranchView& branch = snapshot.branches[i];
-    if (branch.active != active) continue;
-    const std::uint64_t after = before + std::uint64_t{branch.full_blocks} * branch.layers;
+  for (std::size_t i = 0; total > 0 && i < snapshot.branches.size(); ++i) {
+    const BranchView& view = snapshot.branches[i];
+    if (view.active != active) continue;
+    const std::uint64_t after = before + full_frames(view);
     streamed[i] = static_cast<std::uint32_t>(after * frames / total - before * frames / total);
     before = after;
   }
 }
 
+// How many frames are to be streamed: between `least` and `most` all is well, else `aim`.
+struct Range {
+  std::uint64_t least = 0;
+  std::uint64_t aim = 0;
+  std::uint64_t most = 0;
+};
+
+// Leaves the boundaries of the branches of one kind where they are, or moves some of them, a block
+// in each layer at a time: further in where most is resident, back where most is streamed. Where
+// there are none yet, the least is shared out.
+void move_boundaries(const Snapshot& snapshot, bool active, const Range& range,
+                     std::vector<std::uint32_t>& streamed) {
+  using Candidate = std::pair<std::uint64_t, std::size_t>;  // frames that could move, and whose
+  std::uint64_t sum = 0;
+  std::vector<std::size_t> views;
+  for (std::size_t i = 0; i < snapshot.branches.size(); ++i) {
+    const BranchView& view = snapshot.branches[i];
+    if (view.active != active) continue;
+    streamed[i] = static_cast<std::uint32_t>(
+        std::min<std::uint64_t>(view.streamed_frames, full_frames(view)));
+    sum += streamed[i];
+    views.push_back(i);
+  }
+  if (sum == 0) return share_out(snapshot, active, range.least, streamed);
+  if (sum >= range.least && sum <= range.most) return;
+  const bool out = sum < range.least;
+  std::vector<Candidate> heap;
+  for (const std::size_t i : views) {
+    heap.emplace_back(out ? full_frames(snapshot.branches[i]) - streamed[i] : streamed[i], i);
+  }
+  std::ranges::make_heap(heap);
+  while (sum != range.aim && heap.front().first > 0 && (sum < range.aim) == out) {
+    std::ranges::pop_heap(heap);
+    auto& [left, i] = heap.back();
+    const std::uint64_t room = out ? range.most - sum : sum - range.least;
+    const auto step = static_cast<std::uint32_t>(
+        std::min({left, room, std::uint64_t{snapshot.branches[i].layers}}));
+    streamed[i] = out ? streamed[i] + step : streamed[i] - step;
+    sum = out ? sum + step : sum - step;
+    left -= step;
+    std::ranges::push_heap(heap);
+  }
+}
+
+// The most frames that one layer streams of `frames`, shared out evenly.
+std::uint64_t widest_share(const Totals& totals, std::uint64_t frames) {
+  std::uint64_t widest = 0;
+  for (const ClassTotal& c : totals.classes) {
+    if (c.full == 0) continue;
+    widest = std::max(widest, ceil_of(ceil_of(c.full * frames, totals.full_active), c.layers));
+  }
+  return widest;
+}
+
 // The ring that streams `frames` evenly over the layers: one layer in use while the next arrives,
-// copies of the best size where that is more, and never above half of what is not pinned, but
-// `least` in any case.
-std::uint64_t ring_for(const Snapshot& snapshot, std::uint64_t frames, std::uint64_t free,
-                       std::uint64_t least) {
-  const std::uint64_t two_layers = 2 * ((frames + snapshot.layers - 1) / snapshot.layers);
+// copies of the best size where that is more, and never above half of what is not pinned nor what
+// the pool has left, but `least` in any case. It moves in steps of an eighth or less, so that it
+// seldom moves at all.
+std::uint64_t ring_for(const Snapshot& snapshot, const Totals& totals, std::uint64_t frames,
+                       std::uint64_t free, std::uint64_t left, std::uint64_t least) {
+  const std::uint64_t two_layers = 2 * widest_share(totals, frames);
   const std::uint64_t two_copies =
       std::min<std::uint64_t>(2ULL * snapshot.copy_frames_best, free / 8);
-  return std::max(least, std::clamp<std::uint64_t>(std::max(two_layers, two_copies), 1,
-                                                   std::max<std::uint64_t>(1, free / 2)));
+  const std::uint64_t most = std::max<std::uint64_t>(1, std::min(free / 2, left));
+  const std::uint64_t ring = std::clamp<std::uint64_t>(std::max(two_layers, two_copies), 1, most);
+  return std::max(least, ring - ring % std::max<std::uint64_t>(1, std::bit_floor(ring) / 8));
 }
 
 // Streams at least `wanted` of the active frames, and more until the rest fits beside a ring of
@@ -73,34 +150,39 @@ Plan plan_ring(const Snapshot& snapshot, const Totals& totals, std::uint64_t wan
   std::uint64_t ring = 0;
   if (active > 0) {
     // The ring takes room from residents, which adds to what is streamed: X = excess + ring(X).
-    // Two rounds settle it: ring(X) is at most 2 X / layers and is capped at half of the room.
-    ring = ring_for(snapshot, active, room, ring_least);
-    for (int round = 0; round < 2; ++round) {
+    // Three rounds settle it: ring(X) grows far slower than X and is capped at half of the room.
+    const std::uint64_t left =
+        snapshot.pool_frames - std::min<std::uint64_t>(snapshot.pool_frames, excess);
+    for (int round = 0; round < 3; ++round) {
+      ring = ring_for(snapshot, totals, active, room, left, ring_least);
       active = std::min(totals.full_active, std::max(wanted, excess_active + ring));
-      ring = ring_for(snapshot, active, room, ring_least);
     }
     const std::uint64_t kept = totals.full() - idle - active;
-    if (kept + ring > room) {
-      const std::uint64_t over = kept + ring - room;
-      const std::uint64_t more = std::min(over, totals.full_active - active);
-      active += more;
-      ring = std::max(ring_least, ring - std::min(ring, over - more));
-    }
+    if (kept + ring > room) ring = std::max(ring_least, ring - std::min(ring, kept + ring - room));
   }
   plan.ring_frames = static_cast<std::uint32_t>(ring);
-  share_out(snapshot, true, totals.full_active, active, plan.streamed_frames);
-  share_out(snapshot, false, totals.full_idle, idle, plan.streamed_frames);
+  // Blocks fill in every step: several steps' are made room for at once.
+  const std::uint64_t ahead = std::min<std::uint64_t>(4ULL * snapshot.growth_frames, active / 16);
+  const std::uint64_t pool = std::max<std::uint64_t>(snapshot.pool_frames, active + idle);
+  const std::uint64_t most = std::min({totals.full_active, active + 2 * ahead, pool - idle});
+  move_boundaries(snapshot, true, {active, std::min(active + ahead, most), most},
+                  plan.streamed_frames);
+  const std::uint64_t left_to_idle = std::max(idle, pool - std::min(pool, plan.streamed()));
+  move_boundaries(snapshot, false, {idle, idle, std::min(totals.full_idle, left_to_idle)},
+                  plan.streamed_frames);
   return plan;
 }
 
 // The most frames that any one layer streams.
 std::uint64_t widest_layer(const Snapshot& snapshot, const Plan& plan) {
-  std::uint64_t frames = 0;
+  std::vector<std::uint64_t> frames;  // by class
   for (std::size_t i = 0; i < snapshot.branches.size(); ++i) {
-    const std::uint32_t layers = snapshot.branches[i].layers;
-    if (snapshot.branches[i].active) frames += (plan.streamed_frames[i] + layers - 1) / layers;
+    const BranchView& view = snapshot.branches[i];
+    if (!view.active) continue;
+    if (view.layer_class >= frames.size()) frames.resize(view.layer_class + 1);
+    frames[view.layer_class] += ceil_of(plan.streamed_frames[i], view.layers);
   }
-  return frames;
+  return frames.empty() ? 0 : *std::ranges::max_element(frames);
 }
 
 // Streams at least `wanted` of the active frames. Where whole layers are asked for, the ring grows
@@ -146,9 +228,10 @@ class Fixed final : public Policy {
   [[nodiscard]] Plan plan(const Snapshot& snapshot) const override {
     if (snapshot.pool_frames == 0) return Off().plan(snapshot);
     const Totals totals = totals_of(snapshot);
-    const auto wanted =
+    const auto share =
         static_cast<std::uint64_t>(std::ceil(share_ * static_cast<double>(totals.full_active)));
-    Plan plan = plan_streaming(snapshot, totals, wanted);
+    Plan plan =
+        plan_streaming(snapshot, totals, std::min<std::uint64_t>(share, snapshot.pool_frames));
     plan.write_behind = share_ > 0 || (totals.full() + totals.pinned) * 2 > snapshot.device_frames;
     return plan;
   }

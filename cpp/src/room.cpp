@@ -26,68 +26,47 @@ FrameIndex Scheduler::take_frame() {
   return frame;
 }
 
-// Frees a frame or room in the ring, or brings that nearer. Not while blocks are collected that may
-// go: those of the layer that runs stay where whole layers are asked for.
+// Frees a frame, or brings that nearer. Not while blocks of the layer that runs are ready and not
+// read, unless whole layers are asked for.
 void Scheduler::make_room() {
   land();
-  const bool none_free = map_.device().free() == 0;
-  if (!none_free && map_.ring_frames() < std::max(1U, plan_.ring_frames)) return;
-  if (none_free && evict_surplus(shape_.whole_layers)) return;
-  if (evict_prefetched()) return;
-  if (none_free && evict_any()) return;
-  write_or_wait();
+  if (map_.device().free() > 0) return;
+  if (!shape_.whole_layers && std::exchange(running_, false)) {
+    static_cast<void>(evict_written());
+    running_ = true;
+    if (map_.device().free() > 0) return;
+  }
+  if (map_.count(BlockState::writing) > 0 || !evict_any()) write_or_wait();
 }
 
 void Scheduler::write_or_wait() {
-  if (transfers_.any() && !capabilities_.streams) {
-    wait_for_room();
-  } else if (!write_any()) {
-    raise_errors();
-    throw CapacityError("The device tier is full of blocks that cannot be moved to the pool (" +
-                        sized(std::uint64_t{map_.device().used()} * capabilities_.frame_stride) +
-                        " in use). Raise device_bytes, raise pool_bytes, or free a sequence.");
-  }
+  if (map_.count(BlockState::writing) > 0) return wait_for_room();
+  if (write_any()) return;
+  if (transfers_.any() && !capabilities_.streams) return wait_for_room();
+  raise_errors();
+  throw CapacityError("The device tier is full of blocks that cannot be moved to the pool (" +
+                      sized(std::uint64_t{map_.device().used()} * capabilities_.frame_stride) +
+                      " in use). Raise device_bytes, raise pool_bytes, or free a sequence.");
 }
 
 bool Scheduler::is_read_now(std::uint32_t layer, const Branch& branch) const {
   return layer == layer_ && branch.active;
 }
 
-// Discards the oldest block that the plan does not keep; with `spare_layer`, none that is read in
-// the layer that runs.
-bool Scheduler::evict_surplus(bool spare_layer) {
-  for (auto it = surplus_.begin(); it != surplus_.end();) {
-    const BlockKey key = *it;
-    const LayerBlocks& layer = key.branch->layers[key.layer];
-    const bool valid = key.block < layer.blocks.size() && key.block < layer.streamed &&
-                       BlockMap::at(key).state == BlockState::clean && !BlockMap::at(key).ring;
-    if (valid && spare_layer && is_read_now(key.layer, *key.branch)) {
-      ++it;
-      continue;
+// Discards what has come to be in the pool and is not to stay, but for the layer that runs.
+bool Scheduler::evict_written() {
+  bool any = false;
+  std::erase_if(written_, [&](const Stretch& stretch) {
+    if (running_ && stretch.layer == layer_) return false;
+    const LayerBlocks& layer = stretch.branch->layers[stretch.layer];
+    for (std::uint32_t b = stretch.begin; b < std::min(stretch.end, layer.streamed); ++b) {
+      if (layer.blocks[b].state != BlockState::clean) continue;
+      map_.evict({stretch.branch, stretch.layer, b});
+      any = true;
     }
-    it = surplus_.erase(it);
-    if (!valid) continue;
-    map_.evict(key);
     return true;
-  }
-  return false;
-}
-
-// Discards the prefetched block that is needed last. Where whole layers stay, those of the one that
-// runs do not count.
-bool Scheduler::evict_prefetched() {
-  for (std::size_t i = loaded_.size(); i-- > 0;) {
-    const BlockKey key = loaded_[i];
-    const LayerBlocks& layer = key.branch->layers[key.layer];
-    const bool listed = key.block < layer.blocks.size() && BlockMap::at(key).ring;
-    if (listed && shape_.whole_layers && is_read_now(key.layer, *key.branch)) continue;
-    if (listed && BlockMap::at(key).state == BlockState::loading) return false;
-    loaded_.erase(loaded_.begin() + static_cast<std::ptrdiff_t>(i));
-    if (!listed) continue;
-    map_.evict(key);
-    return true;
-  }
-  return false;
+  });
+  return any;
 }
 
 // Discards any clean block, of the layer whose turn is furthest away first.
@@ -160,7 +139,7 @@ FrameIndex Scheduler::take_pool_frame(LayerBlocks& layer, std::uint32_t needed, 
     const FrameIndex frame = map_.take_pool_frame(layer, needed, copy_frames_);
     if (frame != no_frame) return frame;
     if (grow_pool(map_.pool().limit() + 1)) continue;
-    if (map_.release_extents() == 0 && !(reclaim && reclaim_pool())) return no_frame;
+    if (map_.release_extents() == 0 && !(reclaim && reclaim_pool(needed))) return no_frame;
   }
 }
 
@@ -188,21 +167,29 @@ std::uint32_t Scheduler::resize_pool(std::uint32_t target, std::uint32_t needed)
   return size.frames;
 }
 
-// Gives up the pool copies of blocks that the plan keeps on the device.
-bool Scheduler::reclaim_pool() {
-  bool any = false;
+// Gives up pool copies of blocks that the plan keeps on the device, `needed` of them if there are
+// as many.
+bool Scheduler::reclaim_pool(std::uint32_t needed) {
+  std::uint32_t freed = 0;
   for (auto& [id, branch] : map_.branches()) {
     for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
-      LayerBlocks& blocks = branch.layers[layer];
-      for (auto b = blocks.streamed; b < blocks.blocks.size(); ++b) {
+      const LayerBlocks& blocks = branch.layers[layer];
+      for (auto b = blocks.streamed; b < blocks.blocks.size() && freed < needed; ++b) {
         if (blocks.blocks[b].state != BlockState::clean) continue;
-        map_.soil({&branch, layer, b});
-        blocks.written = std::min(blocks.written, b);
-        any = true;
+        soil({&branch, layer, b});
+        ++freed;
       }
     }
   }
-  return any;
+  return freed > 0;
+}
+
+// Gives up the pool copy of a block on the device.
+void Scheduler::soil(const BlockKey& key) {
+  LayerBlocks& layer = key.branch->layers[key.layer];
+  ring_.guard_pool(*key.branch, key.layer, key.block, key.block + 1);
+  map_.soil(key);
+  layer.written = std::min(layer.written, key.block);
 }
 
 }  // namespace pie

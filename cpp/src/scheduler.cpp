@@ -2,7 +2,9 @@
 #include "scheduler.hpp"
 
 #include <algorithm>
+#include <deque>
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -17,7 +19,8 @@ Scheduler::Scheduler(Backend& backend, const Geometry& geometry, std::unique_ptr
       policy_(std::move(policy)),
       map_(geometry, capabilities_.device_frames, capabilities_.pool_frames, backend.address(0),
            capabilities_.frame_stride),
-      transfers_(backend, map_) {
+      transfers_(backend, map_),
+      ring_(transfers_, capabilities_.streams) {
   const Bytes best = std::max(capabilities_.copy_bytes_best, capabilities_.frame_stride);
   copy_frames_ = static_cast<std::uint32_t>(
       std::max<Bytes>(1, best / std::max<Bytes>(1, capabilities_.frame_stride)));
@@ -45,7 +48,7 @@ void Scheduler::begin(std::span<const Growth> batch, const StepShape& shape) {
   land();
   shape_ = shape;
   open_batch(batch);
-  const std::uint32_t set_aside = shape.staging_frames + (cuts_into_blocks(shape) ? 1 : 0);
+  const std::uint32_t set_aside = shape.staging_frames + (ends_with_full_blocks() ? 1 : 0);
   const std::uint32_t capacity = map_.device().capacity();
   std::vector<BranchView> views;
   const Snapshot now = snapshot(capacity - std::min(capacity, set_aside), pool_frames_, views);
@@ -54,9 +57,9 @@ void Scheduler::begin(std::span<const Growth> batch, const StepShape& shape) {
 
   plan_ = std::move(plan);
   apply(plan_);
-  reserve_staging(shape.staging_frames);
+  divide(shape.staging_frames, plan_.ring_frames - lent_frames());
   for (Growth& growth : batch_) open_tail(growth);
-  clear_ring();
+  if (shape.whole_layers) settle_plan();
 }
 
 // Finds or makes the branch that takes each sequence's tokens. What others share is not touched:
@@ -109,12 +112,13 @@ void Scheduler::close_batch() {
   batch_.clear();
 }
 
-// A wave may end inside a block that the step goes on to fill: then the layer that runs holds one
-// frame more than the end of the step tells.
-bool Scheduler::cuts_into_blocks(const StepShape& shape) const {
-  return shape.several_waves && std::ranges::any_of(batch_, [&](const Growth& growth) {
-           return growth.new_tokens > 1 && growth.branch->grows_to % geometry_.block_tokens == 0;
-         });
+// While several tokens are appended, the block that takes them lies in an ordinary frame. Where the
+// step ends with a full block, which may be streamed, the end of the step does not tell of that
+// one.
+bool Scheduler::ends_with_full_blocks() const {
+  return std::ranges::any_of(batch_, [&](const Growth& growth) {
+    return growth.new_tokens > 1 && growth.branch->grows_to % geometry_.block_tokens == 0;
+  });
 }
 
 BranchView Scheduler::view_of(const Branch& branch, const LayerClass& layers) const {
@@ -123,6 +127,10 @@ BranchView Scheduler::view_of(const Branch& branch, const LayerClass& layers) co
   BranchView view;
   view.layers = static_cast<std::uint32_t>(layers.layers.size());
   view.active = branch.active;
+  for (const std::uint32_t layer : layers.layers) {
+    const std::uint32_t streamed = branch.layers[layer].streamed;
+    view.streamed_frames += streamed - gone - (streamed > branch.held ? 1 : 0);
+  }
   if (branch.grows_to == 0) {
     view.full_blocks = branch.full - gone;
     view.pinned_blocks = branch.blocks() - branch.full;
@@ -140,13 +148,18 @@ Snapshot Scheduler::snapshot(std::uint32_t device_frames, std::uint32_t pool_fra
                              std::vector<BranchView>& views) const {
   views.clear();
   for (const auto& [id, branch] : map_.branches()) {
-    for (const LayerClass& layers : classes_) views.push_back(view_of(branch, layers));
+    for (std::uint32_t i = 0; i < classes_.size(); ++i) {
+      views.push_back(view_of(branch, classes_[i]));
+      views.back().layer_class = i;
+    }
   }
   Snapshot result;
   result.layers = geometry_.layers;
   result.device_frames = device_frames;
   result.pool_frames = pool_frames;
   result.copy_frames_best = copy_frames_;
+  result.growth_frames =
+      static_cast<std::uint32_t>(batch_.size() * geometry_.layers / geometry_.block_tokens);
   result.whole_layers = shape_.whole_layers;
   result.branches = views;
   return result;
@@ -171,9 +184,8 @@ void Scheduler::admit_on_device(const Snapshot& snapshot, const Plan& plan,
                                 std::uint32_t staging_frames, const std::string& what) const {
   const Bytes stride = capabilities_.frame_stride;
   // Where the pool is to be full to its last frame, blocks could not change places with a device
-  // that is full as well: without a ring to pass through, one frame of it stays free.
-  const bool stuck =
-      plan.ring_frames == 0 && plan.streamed() > 0 && plan.streamed() >= snapshot.pool_frames;
+  // that is full as well: one frame of it stays free.
+  const bool stuck = plan.streamed() > 0 && plan.streamed() >= snapshot.pool_frames;
   const std::uint64_t needed = device_frames_needed(snapshot, plan) + (stuck ? 1 : 0);
   if (needed <= snapshot.device_frames) return;
   const bool streams = snapshot.pool_frames > 0 && policy_->name() != "off";
@@ -205,64 +217,74 @@ void Scheduler::apply(const Plan& plan) {
       }
     }
   }
-  drop_idle_ring();
-}
-
-// What was prefetched for branches that are not in this step only takes up the ring.
-void Scheduler::drop_idle_ring() {
-  std::erase_if(loaded_, [&](const BlockKey& key) {
-    const Block& block = BlockMap::at(key);
-    if (block.ring && block.state == BlockState::clean && !key.branch->active) map_.evict(key);
-    return !block.ring;
-  });
 }
 
 void Scheduler::set_streamed(Branch& branch, std::uint32_t layer, std::uint32_t streamed) {
   LayerBlocks& blocks = branch.layers[layer];
-  if (streamed == blocks.streamed) return;
+  const std::uint32_t before = std::exchange(blocks.streamed, streamed);
+  if (streamed <= before) return;
+  write_full(branch, layer, std::min(streamed, branch.full));
   const auto size = static_cast<std::uint32_t>(blocks.blocks.size());
-  if (streamed > blocks.streamed) {
-    write_full(branch, layer, std::min(streamed, branch.full));
-  }
-  for (std::uint32_t b = blocks.streamed; b < std::min(streamed, size); ++b) {
-    const Block& block = blocks.blocks[b];
-    if (block.state != BlockState::clean || block.ring || b == branch.held) continue;
+  for (std::uint32_t b = before; b < std::min(streamed, size); ++b) {
+    if (blocks.blocks[b].state != BlockState::clean || b == branch.held) continue;
     map_.evict({&branch, layer, b});
   }
-  for (std::uint32_t b = streamed; b < std::min(blocks.streamed, size); ++b) {
-    map_.keep({&branch, layer, b});
-  }
-  blocks.streamed = streamed;
 }
 
-// Makes the top `frames` frames of the arena free of blocks and sets them aside.
-void Scheduler::reserve_staging(std::uint32_t frames) {
+// Frames of the ring that the step needs for what it appends, of blocks that the plan streams: they
+// lie in ordinary frames until they are written. Where a layer does not fit, half of the ring.
+std::uint32_t Scheduler::lent_frames() const {
+  std::uint32_t most = 0;
+  for (std::uint32_t layer = 0; plan_.ring_frames > 0 && layer < geometry_.layers; ++layer) {
+    std::uint32_t frames = 0;
+    for (const Growth& growth : batch_) {
+      if (growth.new_tokens == 1) continue;
+      const Branch& branch = *growth.branch;
+      const std::uint32_t begun = blocks_of(growth.sequence->tokens) - branch.first;
+      const std::uint32_t full = branch.grows_to / geometry_.block_tokens - branch.first;
+      const std::uint32_t streamed = std::min(full, branch.layers[layer].streamed);
+      frames += streamed - std::min(streamed, begun);
+    }
+    most = std::max(most, frames);
+  }
+  return std::min(most, shape_.whole_layers ? plan_.ring_frames : plan_.ring_frames / 2);
+}
+
+// The arena from now on: ordinary frames, staging, the ring.
+void Scheduler::divide(std::uint32_t staging_frames, std::uint32_t ring_frames) {
   FramePool& device = map_.device();
-  const std::uint32_t limit = device.capacity() - frames;
-  if (limit == device.limit()) return;
-  for (FrameIndex frame = limit; frame < device.limit(); ++frame) vacate(frame, limit);
-  device.set_limit(limit);
-}
-
-// Streamed runs are as long as the free space is in one piece: what lies where the ring belongs, at
-// the top of what is usable, moves down into the holes that evictions left.
-void Scheduler::clear_ring() {
-  const FrameIndex begin = ring_begin();
-  for (FrameIndex frame = begin; frame < map_.device().limit(); ++frame) {
-    if (!map_.device().is_free(frame)) move_below(frame, begin);
+  const std::uint32_t begin = device.capacity() - ring_frames;
+  const std::uint32_t limit = begin - staging_frames;
+  // Several segments, so that some are filled while one is read, and copies of the best size.
+  const std::uint32_t segment =
+      std::clamp(copy_frames_, (ring_frames + 7) / 8, std::max(1U, ring_frames / 3));
+  const FrameRun ring{begin, ring_frames};
+  if (limit < device.limit()) {
+    for (FrameIndex frame = limit; frame < device.limit(); ++frame) vacate(frame, limit);
+    device.set_limit(limit);
+    ring_.reshape(ring, segment);
+  } else {
+    ring_.reshape(ring, segment);
+    device.set_limit(limit);
   }
+  // On a stream whatever comes into those frames waits for what still goes there.
+  while (!capabilities_.streams && ring_.strays()) wait();
 }
 
-FrameIndex Scheduler::ring_begin() const {
-  const FrameIndex end = map_.device().limit();
-  return end - std::min(end, plan_.ring_frames);
+// Where a whole layer is read at once, what the plan streams of it may be in no other place than
+// the ring: what is still to be written goes first.
+void Scheduler::settle_plan() {
+  std::uint32_t needed = 0;
+  for (const Growth& growth : batch_) {
+    needed += blocks_of(growth.branch->grows_to) - growth.branch->end();
+  }
+  if (map_.device().free() < needed * geometry_.layers) drain();
 }
 
 // Copies a resident block at rest into a free frame below `limit`; false where it cannot.
 bool Scheduler::move_below(FrameIndex frame, FrameIndex limit) {
   const BlockKey key = map_.owner(frame);
-  const Block& block = BlockMap::at(key);
-  if (block.in_flight() || block.ring) return false;
+  if (BlockMap::at(key).in_flight()) return false;
   const FrameIndex to = map_.device().acquire();
   if (to == no_frame) return false;
   if (to >= limit) {
@@ -283,7 +305,7 @@ void Scheduler::vacate(FrameIndex frame, std::uint32_t limit) {
       wait_for_room();
     } else if (block.state == BlockState::clean) {
       map_.evict(key);
-    } else if (!evict_surplus(false) && !evict_prefetched() && !evict_any()) {
+    } else if (!evict_any()) {
       write_or_wait();
     }
   }
@@ -301,8 +323,7 @@ void Scheduler::open_tail(Growth& growth) {
   for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
     const BlockKey key{&branch, layer, index};
     load_now(key);
-    map_.soil(key);
-    branch.layers[layer].written = std::min(branch.layers[layer].written, index);
+    soil(key);
   }
 }
 
@@ -330,29 +351,25 @@ void Scheduler::copy_block(const BlockKey& from, const BlockKey& to) {
   map_.place(to, frame);
 }
 
-// What is next copied from the pool into either frame waits for it.
 void Scheduler::duplicate(FrameIndex from, FrameIndex to) {
   transfers_.before_read(from);
   transfers_.before_write(to);
   const Duplicate pair{from, to};
   backend_.duplicate(stream_, {&pair, 1});
-  const Fence fence = backend_.record(stream_, Timing::unwanted);
-  transfers_.read_until(from, fence);
-  transfers_.read_until(to, fence);
 }
 
-// Has a block on the device and at rest, not in the ring. Where a load fails nothing is lost.
+// Has a block on the device and at rest. Where a load fails nothing is lost.
 void Scheduler::load_now(const BlockKey& key) {
   const Block& block = BlockMap::at(key);
   if (block.in_flight()) settle(*key.branch);
   layer_ = key.layer;
-  if (block.state == BlockState::pooled) {
-    const FrameIndex frame = take_frame();
-    transfers_.load(*key.branch, key.layer, key.block, {frame, 1}, false);
-    settle(*key.branch);
-    if (block.state == BlockState::pooled) raise_error(*key.branch);
-  }
-  map_.keep(key);
+  if (block.state != BlockState::pooled) return;
+  land();  // what was written before goes now, and not when the block is there
+  ring_.drop(key);
+  const FrameIndex frame = take_frame();
+  transfers_.load(*key.branch, key.layer, key.block, {frame, 1});
+  settle(*key.branch);
+  if (block.state == BlockState::pooled) raise_error(*key.branch);
 }
 
 // ---- a layer ------------------------------------------------------------------------------------
@@ -369,8 +386,11 @@ void Scheduler::set_stream(ComputeStream stream) {
 void Scheduler::set_visits(std::vector<Visit> visits) {
   visits_ = std::move(visits);
   progress_.resize(visits_.size());
+  layer_ = 0;
+  wave_ = 0;
+  appended_ = 0;
   plan_readings();
-  cursor_ = {};
+  reconcile();
   pump();
 }
 
@@ -396,16 +416,19 @@ void Scheduler::plan_readings() {
 }
 
 void Scheduler::run_layer(std::uint32_t layer, LayerKernel& kernel) {
-  release_read();
+  end_layer();
   layer_ = layer;
   wave_ = 0;
-  collected_.clear();
+  appended_ = 0;
+  ready_ = false;
+  running_ = true;
   for (std::size_t i = 0; i < visits_.size(); ++i) {
     const std::uint32_t begin = first_block(visits_[i].position, geometry_.window(layer));
     progress_[i] = {begin, begin, begin};
   }
   land();
   raise_errors();
+  cursor_ = std::max(cursor_, {layer_, 0, 0});
   pump();
   for (std::size_t i = 0; i < readings_.size(); ++i) {
     if (readings_[i].wave != wave_) flush(kernel);
@@ -413,22 +436,30 @@ void Scheduler::run_layer(std::uint32_t layer, LayerKernel& kernel) {
     read_branch(i, kernel);
   }
   flush(kernel);
+  if (!shape_.whole_layers) end_layer();
+}
+
+// What the layer has read may leave. What comes next into the ring waits for the readers.
+void Scheduler::end_layer() {
+  if (ring_.taken()) ring_.release(transfers_.fence());
+  if (!std::exchange(running_, false)) return;
+  static_cast<void>(evict_written());
 }
 
 void Scheduler::read_branch(std::size_t index, LayerKernel& kernel) {
   const Reading& reading = readings_[index];
   Branch& branch = *reading.branch;
   if (branch.grows_to > 0) append(visits_[reading.visits.front()], kernel);
+  appended_ = index + 1;
+  cursor_ = std::max(cursor_, {layer_, index, 0});
   const LayerBlocks& layer = branch.layers[layer_];
   const std::uint32_t seen = first_block(reading.position, geometry_.window(layer_));
   const auto end = static_cast<std::uint32_t>(layer.blocks.size());
   for (std::uint32_t block = seen - std::min(seen, branch.first); block < end;) {
     std::uint32_t ready = layer.present + layer.gone == end ? end : block;
     while (ready < end && layer.blocks[ready].present()) ++ready;
-    if (ready == block) {
-      fetch(index, block, kernel);
-      continue;
-    }
+    if (ready == block) ready = std::min(end, fetch(index, block, kernel));
+    if (ready == block) continue;
     collect(reading, block, ready);
     block = ready;
   }
@@ -474,37 +505,76 @@ void Scheduler::write_begun(Branch& branch, std::uint32_t begun, std::uint32_t f
   write_full(branch, layer_, limit);
 }
 
-// Brings a block that is not on the device nearer to being there.
-void Scheduler::fetch(std::size_t reading, std::uint32_t index, LayerKernel& kernel) {
-  const Block& block = readings_[reading].branch->layers[layer_].blocks[index];
-  if (block.state == BlockState::pooled) {
-    cursor_ = {layer_, reading, index};
-    pump();
-    if (block.present()) return;  // on a stream what was asked for is there
+// Brings a block that is not on the device nearer to being there. Returns the end of the blocks
+// from it on that now are: `index` itself where it is not there yet.
+std::uint32_t Scheduler::fetch(std::size_t reading, std::uint32_t index, LayerKernel& kernel) {
+  const BlockKey key{readings_[reading].branch, layer_, index};
+  if (BlockMap::at(key).state == BlockState::pooled) {
+    const Load* load = ring_.find(key);
+    if (load != nullptr && (capabilities_.streams || ring_.arrived(*load))) return take(load, key);
+    if (load == nullptr) {
+      ask_now(reading, key, kernel);
+      return index;
+    }
   }
-  if (!collected_.empty() && !shape_.whole_layers) {
-    flush(kernel);  // compute what is there while the rest arrives
-  } else if (block.state == BlockState::pooled && (!transfers_.any() || capabilities_.streams)) {
-    make_room();
+  wait_for(kernel);
+  return index;
+}
+
+// For what is under way: computes what is there while the rest arrives.
+void Scheduler::wait_for(LayerKernel& kernel) {
+  if (ready_ && !shape_.whole_layers) {
+    flush(kernel);
   } else {
     wait_for_room();
   }
   raise_errors();
 }
 
+// Takes a load that is there, or that the stream is made to wait for, and shows where it lies.
+std::uint32_t Scheduler::take(const Load* found, const BlockKey& key) {
+  const Load load = ring_.take(found, capabilities_.streams);
+  for (std::uint32_t b = key.block; b < load.end(); ++b) {
+    map_.show({key.branch, key.layer, b}, load.device + b - load.first_block);
+  }
+  return load.end();
+}
+
+// Asks for a block that was not asked for: the ring had no room for it yet, or it came to be only
+// in the pool since.
+void Scheduler::ask_now(std::size_t reading, const BlockKey& key, LayerKernel& kernel) {
+  const Cursor here{layer_, reading, key.block};
+  const std::uint32_t asked = ask(key);
+  if (cursor_ <= here) {
+    cursor_ = {layer_, reading, key.block + asked};
+    pump();
+  } else {
+    ahead_ = true;
+    ring_.close();
+  }
+  if (BlockMap::at(key).state != BlockState::pooled || ring_.find(key) != nullptr) return;
+  if (ready_ && !shape_.whole_layers) return flush(kernel);
+  if (ring_.drop_last()) {
+    cursor_ = here;
+    ahead_ = true;
+    return;
+  }
+  transfers_.load(*key.branch, key.layer, key.block, {take_frame(), 1});
+}
+
 void Scheduler::collect(const Reading& reading, std::uint32_t begin, std::uint32_t end) {
-  collected_.push_back({reading.branch, begin, end});
   const std::vector<Block>& blocks = reading.branch->layers[layer_].blocks;
-  for (std::uint32_t b = begin; capabilities_.streams && b < end; ++b) {
-    transfers_.before_read(blocks[b].device);
+  for (std::uint32_t b = begin; capabilities_.streams && transfers_.loading() && b < end; ++b) {
+    if (blocks[b].present()) transfers_.before_read(blocks[b].device);
   }
   for (const std::uint32_t visit : reading.visits) {
     progress_[visit].ready = std::max(progress_[visit].ready, reading.branch->first + end);
   }
+  ready_ = true;
 }
 
 void Scheduler::flush(LayerKernel& kernel) {
-  if (collected_.empty()) return;
+  if (!std::exchange(ready_, false)) return;
   pieces_.clear();
   joined_.clear();
   for (std::size_t i = 0; i < visits_.size(); ++i) {
@@ -522,9 +592,7 @@ void Scheduler::flush(LayerKernel& kernel) {
     progress.read = progress.ready;
   }
   kernel.attend(layer_, pieces_);
-  read_.insert(read_.end(), collected_.begin(), collected_.end());
-  collected_.clear();
-  if (!shape_.whole_layers) release_read();
+  if (!shape_.whole_layers && ring_.taken()) ring_.release(transfers_.fence());
   land();
   pump();
 }
@@ -562,40 +630,30 @@ const std::byte* const* Scheduler::frames_of(const Sequence& sequence, std::uint
   return joined_.data() + start;
 }
 
-// Ring blocks that were read leave; what is next copied into their frames waits for the readers.
-void Scheduler::release_read() {
-  if (read_.empty()) return;
-  const Fence fence = backend_.record(stream_, Timing::unwanted);
-  for (const Stretch& stretch : read_) {
-    const LayerBlocks& layer = stretch.branch->layers[layer_];
-    for (std::uint32_t b = stretch.begin; b < stretch.end; ++b) {
-      transfers_.read_until(layer.blocks[b].device, fence);
-      if (layer.blocks[b].ring) map_.evict({stretch.branch, layer_, b});
-    }
-  }
-  read_.clear();
-}
-
 // ---- ahead of the layers ------------------------------------------------------------------------
 
+// Whether the reading at the cursor has yet to append blocks that the plan streams: where the layer
+// does not fit, they will be in the pool when it reads them.
+bool Scheduler::is_to_grow() const {
+  const bool done =
+      cursor_.layer < layer_ || (cursor_.layer == layer_ && cursor_.reading < appended_);
+  if (shape_.whole_layers || cursor_.layer >= geometry_.layers || done) return false;
+  const Branch& branch = *readings_[cursor_.reading].branch;
+  const LayerBlocks& layer = branch.layers[cursor_.layer];
+  return branch.grows_to > 0 && layer.streamed > layer.blocks.size();
+}
+
 // Advances the cursor to the next block that is only in the pool; false at the end of what may be
-// prefetched, which is one round of layers ahead of the one that runs.
+// asked for, which is one round of layers ahead of the one that runs.
 bool Scheduler::seek_pooled() {
   while (!readings_.empty() && cursor_.layer < layer_ + geometry_.layers) {
-    const std::uint32_t layer = cursor_.layer % geometry_.layers;
     const std::uint32_t wave = cursor_.layer == layer_ ? wave_ : 0;
     for (; cursor_.reading < readings_.size(); ++cursor_.reading, cursor_.block = 0) {
       const Reading& reading = readings_[cursor_.reading];
       // A later wave reads the same branches again: what it needs comes back when it starts.
       if (reading.wave > wave) return false;
-      const LayerBlocks& blocks = reading.branch->layers[layer];
-      if (blocks.pooled == 0) continue;
-      const std::uint32_t seen = first_block(reading.position, geometry_.window(layer));
-      const std::uint32_t first = seen - std::min(seen, reading.branch->first);
-      for (cursor_.block = std::max(cursor_.block, first); cursor_.block < blocks.blocks.size();
-           ++cursor_.block) {
-        if (blocks.blocks[cursor_.block].state == BlockState::pooled) return true;
-      }
+      if (seek_in(reading, cursor_.layer % geometry_.layers)) return true;
+      if (is_to_grow()) return false;
     }
     cursor_.reading = 0;
     cursor_.block = 0;
@@ -604,52 +662,107 @@ bool Scheduler::seek_pooled() {
   return false;
 }
 
-// Submits loads in the order in which they will be needed, as far as the ring has room.
-void Scheduler::pump() {
-  while (seek_pooled()) {
-    Branch& branch = *readings_[cursor_.reading].branch;
-    const std::uint32_t layer = cursor_.layer % geometry_.layers;
-    const LayerBlocks& blocks = branch.layers[layer];
-    const bool ring = cursor_.block < blocks.streamed;
-    const auto size = static_cast<std::uint32_t>(blocks.blocks.size());
-    const std::uint32_t end = ring ? std::min(blocks.streamed, size) : size;
-    std::uint32_t want = 1;
-    while (want < copy_frames_ && cursor_.block + want < end &&
-           blocks.blocks[cursor_.block + want].state == BlockState::pooled) {
-      ++want;
+// Nothing but the streamed blocks at the front is looked through where all in the pool may be
+// there.
+bool Scheduler::seek_in(const Reading& reading, std::uint32_t layer) {
+  const LayerBlocks& blocks = reading.branch->layers[layer];
+  if (blocks.pooled == 0) return false;
+  const auto size = static_cast<std::uint32_t>(blocks.blocks.size());
+  const bool all = blocks.pooled > blocks.streamed - std::min(blocks.streamed, blocks.gone);
+  const std::uint32_t end = all ? size : std::min(size, blocks.streamed);
+  const std::uint32_t seen = first_block(reading.position, geometry_.window(layer));
+  cursor_.block = std::max(cursor_.block, seen - std::min(seen, reading.branch->first));
+  while (cursor_.block < end && blocks.blocks[cursor_.block].state != BlockState::pooled) {
+    ++cursor_.block;
+  }
+  return cursor_.block < end;
+}
+
+BlockKey Scheduler::key_at_cursor() const {
+  return {readings_[cursor_.reading].branch, cursor_.layer % geometry_.layers, cursor_.block};
+}
+
+// Adjacent blocks in the pool from one on, all of them streamed by the plan or none.
+std::uint32_t Scheduler::run_from(const BlockKey& key) {
+  const LayerBlocks& layer = key.branch->layers[key.layer];
+  const auto size = static_cast<std::uint32_t>(layer.blocks.size());
+  const std::uint32_t end = key.block < layer.streamed ? std::min(layer.streamed, size) : size;
+  std::uint32_t b = key.block;
+  while (b < end && layer.blocks[b].state == BlockState::pooled) ++b;
+  return b - key.block;
+}
+
+// What is in the ring from before is kept where the step reads it too. Where a whole layer is read
+// at once it must fit without a gap, so then it is all or nothing.
+void Scheduler::reconcile() {
+  cursor_ = {};
+  ahead_ = false;
+  std::deque<Load> before = ring_.take_list();
+  std::optional<Cursor> missing;
+  std::size_t hint = 0;
+  std::size_t kept = 0;
+  const std::size_t count = before.size();
+  while (kept < count && seek_pooled()) {
+    const BlockKey key = key_at_cursor();
+    std::size_t tried = 0;
+    while (tried < count && !before[(hint + tried) % count].holds(key)) ++tried;
+    if (tried == count) {
+      if (!missing) missing = cursor_;
+      cursor_.block += run_from(key);
+      continue;
     }
-    const FrameRun frames = take_run(want, ring);
-    if (frames.count == 0) return;
-    transfers_.load(branch, layer, cursor_.block, frames, ring);
-    for (std::uint32_t i = 0; ring && i < frames.count; ++i) {
-      loaded_.push_back({&branch, layer, cursor_.block + i});
-    }
-    cursor_.block += frames.count;
+    Load& load = before[(hint + tried) % count];
+    hint = (hint + tried + 1) % count;
+    cursor_.block = load.end();
+    ring_.put_back(load);
+    load.branch = nullptr;
+    ++kept;
+  }
+  for (const Load& load : before) {
+    if (load.branch != nullptr) ring_.drop(load);
+  }
+  if (missing) cursor_ = *missing;
+  ahead_ = missing.has_value();
+  if (shape_.whole_layers && (missing || kept < count)) {
+    ring_.drop_all();
+    cursor_ = {};
   }
 }
 
-// Frames for a load of `want` blocks. While other loads run it is all or nothing: what is read
-// and released in the meantime adds up to large copies again, where taking each crumb at once would
-// keep the ring in crumbs for ever. With nothing under way, any run will do.
-FrameRun Scheduler::take_run(std::uint32_t want, bool ring) {
-  const std::uint32_t used = map_.ring_frames();
-  const bool due = shape_.whole_layers && cursor_.layer == layer_;  // nothing else can make room
-  const std::uint32_t room = due ? want : plan_.ring_frames - std::min(plan_.ring_frames, used);
-  const std::uint32_t fits = ring ? std::min(want, room) : want;
-  if (fits < want && transfers_.loading() && want <= plan_.ring_frames / 2) return {};
-  FrameRun frames = map_.device().acquire_run(fits, ring ? ring_begin() : 0);
-  while (frames.count == 0 && fits > 0 && evict_surplus(true)) {
-    frames = map_.device().acquire_run(fits, ring ? ring_begin() : 0);
+// Asks for blocks in the order in which they will be read, as far as the ring has room.
+void Scheduler::pump() {
+  if (ring_.empty()) ahead_ = false;
+  std::uint32_t layer = cursor_.layer;
+  while (seek_pooled()) {
+    if (shape_.whole_layers && cursor_.layer != layer) ring_.close();
+    layer = cursor_.layer;
+    const Load* load = ahead_ ? ring_.find(key_at_cursor()) : nullptr;
+    const std::uint32_t count =
+        load != nullptr ? load->end() - cursor_.block : ask(key_at_cursor());
+    if (count == 0) break;
+    cursor_.block += count;
   }
-  if (frames.count == fits || !transfers_.loading() || fits > plan_.ring_frames / 2) return frames;
-  map_.device().release(frames);
-  return {};
+  ring_.close();
+}
+
+// Into ordinary frames where the plan wants the blocks to stay and some are free, else into the
+// ring. Returns how many blocks were asked for.
+std::uint32_t Scheduler::ask(const BlockKey& key) {
+  const std::uint32_t count = run_from(key);
+  if (key.block >= key.branch->layers[key.layer].streamed) {
+    const FrameRun frames = map_.device().acquire_run(std::min(count, copy_frames_));
+    if (frames.count > 0) {
+      transfers_.load(*key.branch, key.layer, key.block, frames);
+      return frames.count;
+    }
+  }
+  return ring_.ask(*key.branch, key.layer, key.block, count);
 }
 
 // ---- the end of a step --------------------------------------------------------------------------
 
 void Scheduler::finish() {
-  release_read();
+  end_layer();
   land();
   raise_errors();
   const std::uint32_t size = geometry_.block_tokens;
@@ -675,20 +788,18 @@ void Scheduler::look_ahead() {
   }
   close_batch();
   drop_unseen();
-  while (evict_surplus(false)) {
-  }
-  clear_ring();
-  cursor_.layer -= std::min(cursor_.layer, geometry_.layers);
+  land();
+  const bool wrapped = cursor_.layer >= geometry_.layers;
+  cursor_.layer -= geometry_.layers;
+  if (!wrapped) cursor_ = {};
   layer_ = 0;
   wave_ = 0;
   pump();
 }
 
 void Scheduler::abort() {
-  transfers_.read_until(
-      backend_.record(stream_, Timing::unwanted));  // whatever the layer that ran has come to
-  collected_.clear();
-  read_.clear();
+  end_layer();  // whatever it has come to
+  ring_.drop_all();
   stop_prefetch();
   for (const Growth& growth : batch_) {
     const std::uint32_t blocks = blocks_of(growth.sequence->tokens);
@@ -709,18 +820,16 @@ void Scheduler::stop_prefetch() {
 
 // ---- completions --------------------------------------------------------------------------------
 
+// What the plan streams leaves the device once it is in the pool; of the layer that runs, when that
+// has read it.
 void Scheduler::land() {
   for (const Landed& landed : transfers_.land()) {
-    const LayerBlocks& layer = landed.branch->layers[landed.layer];
-    for (std::uint32_t i = 0; i < landed.count; ++i) {
-      const BlockKey key{landed.branch, landed.layer, landed.first_block + i};
-      const bool ring = BlockMap::at(key).ring;
-      // Written, or loaded under an earlier plan: the plan in force does not keep it.
-      if (!ring && key.block < layer.streamed) surplus_.push_back(key);
-      if (ring && !landed.branch->active) map_.evict(key);
-    }
+    const std::uint32_t end = landed.first_block + landed.count;
+    if (landed.lane == Lane::pool_to_device) continue;
+    written_.push_back({landed.branch, landed.layer, landed.first_block, end});
   }
-  while (!loaded_.empty() && !BlockMap::at(loaded_.front()).ring) loaded_.pop_front();
+  ring_.land();
+  static_cast<void>(evict_written());
 }
 
 void Scheduler::wait() {
@@ -777,6 +886,7 @@ void Scheduler::raise_error(Branch& branch) {
 void Scheduler::check() const {
   map_.check();
   transfers_.check();
+  ring_.check();
 }
 
 }  // namespace pie

@@ -1,13 +1,14 @@
 // Moves KV so that each layer of a step finds its blocks on the device.
 //
-// Owns the block map, the transfers and the plan in force. One thread; reads no clock but the
-// backend's, to count stalls. Within a step the layers run in order, and the copies for what comes
-// next (later layers, and the first layers of the next step) are submitted ahead as far as the ring
-// has room.
+// Owns the block map, the transfers, the ring and the plan in force. One thread; reads no clock but
+// the backend's, to count stalls. A step is a walk: layer by layer, and in each branch by branch.
+// What it will find only in the pool is asked for ahead of it, in the same order, as far as the
+// ring has room: later layers, and the first layers of a next step like this one. What is found
+// there though it was not asked for (it was evicted for want of room, or the batch changed) is
+// fetched when the walk comes to it.
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <span>
 #include <string>
@@ -17,6 +18,7 @@
 #include "pie/backend.hpp"
 #include "pie/layer_kernel.hpp"
 #include "pie/policy.hpp"
+#include "ring.hpp"
 #include "transfers.hpp"
 
 namespace pie {
@@ -61,6 +63,14 @@ class Scheduler {
   [[nodiscard]] const Policy& policy() const { return *policy_; }
   [[nodiscard]] const Plan& plan() const { return plan_; }
   [[nodiscard]] Nanos stall_ns() const { return stall_ns_; }
+
+  // Frames of the device that hold something: blocks, what passes through the ring, staging.
+  [[nodiscard]] std::uint32_t frames_in_use() const {
+    return map_.device().used() + ring_.frames_in_use() + staging_frames();
+  }
+  [[nodiscard]] std::uint32_t staging_frames() const {
+    return map_.device().reserved() - ring_.frames().count;
+  }
 
   // Plans the step and makes room for it. Throws CapacityError, with nothing lost, where it cannot
   // fit.
@@ -117,13 +127,6 @@ class Scheduler {
     std::vector<std::uint32_t> visits;
   };
 
-  // Blocks of a reading that are on the device and not yet given to the reader.
-  struct Stretch {
-    Branch* branch = nullptr;
-    std::uint32_t begin = 0;
-    std::uint32_t end = 0;
-  };
-
   // How far a visit is through the layer that runs, in blocks.
   struct Progress {
     std::uint32_t begin = 0;
@@ -131,11 +134,21 @@ class Scheduler {
     std::uint32_t ready = 0;
   };
 
+  // Adjacent blocks of one layer of one branch.
+  struct Stretch {
+    Branch* branch = nullptr;
+    std::uint32_t layer = 0;
+    std::uint32_t begin = 0;
+    std::uint32_t end = 0;
+  };
+
   // Position in the order in which blocks will be read; layers count on into the next step.
   struct Cursor {
     std::uint32_t layer = 0;
     std::size_t reading = 0;
     std::uint32_t block = 0;
+
+    friend auto operator<=>(const Cursor&, const Cursor&) = default;
   };
 
   [[nodiscard]] std::uint32_t blocks_of(std::uint32_t tokens) const;
@@ -143,7 +156,7 @@ class Scheduler {
 
   void open_batch(std::span<const Growth> batch);
   void close_batch();
-  [[nodiscard]] bool cuts_into_blocks(const StepShape& shape) const;
+  [[nodiscard]] bool ends_with_full_blocks() const;
   [[nodiscard]] BranchView view_of(const Branch& branch, const LayerClass& layers) const;
   [[nodiscard]] Snapshot snapshot(std::uint32_t device_frames, std::uint32_t pool_frames,
                                   std::vector<BranchView>& views) const;
@@ -151,12 +164,11 @@ class Scheduler {
   void admit_on_device(const Snapshot& snapshot, const Plan& plan, std::uint32_t staging_frames,
                        const std::string& what) const;
   void apply(const Plan& plan);
-  void drop_idle_ring();
   void set_streamed(Branch& branch, std::uint32_t layer, std::uint32_t streamed);
-  void reserve_staging(std::uint32_t frames);
-  void clear_ring();
-  [[nodiscard]] FrameIndex ring_begin() const;
-  bool move_below(FrameIndex frame, FrameIndex limit);
+  [[nodiscard]] std::uint32_t lent_frames() const;
+  void divide(std::uint32_t staging_frames, std::uint32_t ring_frames);
+  void settle_plan();
+  [[nodiscard]] bool move_below(FrameIndex frame, FrameIndex limit);
   void vacate(FrameIndex frame, std::uint32_t limit);
 
   void open_tail(Growth& growth);
@@ -170,23 +182,30 @@ class Scheduler {
   void read_branch(std::size_t index, LayerKernel& kernel);
   void append(const Visit& visit, LayerKernel& kernel);
   void write_begun(Branch& branch, std::uint32_t begun, std::uint32_t full);
-  void fetch(std::size_t reading, std::uint32_t block, LayerKernel& kernel);
+  [[nodiscard]] std::uint32_t fetch(std::size_t reading, std::uint32_t block, LayerKernel& kernel);
+  [[nodiscard]] std::uint32_t take(const Load* load, const BlockKey& key);
+  void ask_now(std::size_t reading, const BlockKey& key, LayerKernel& kernel);
+  void wait_for(LayerKernel& kernel);
   void collect(const Reading& reading, std::uint32_t begin, std::uint32_t end);
   void flush(LayerKernel& kernel);
   [[nodiscard]] KvPiece piece_of(std::size_t visit) const;
   [[nodiscard]] const std::byte* const* frames_of(const Sequence& sequence, std::uint32_t begin,
                                                   std::uint32_t end);
-  void release_read();
+  void end_layer();
 
   [[nodiscard]] bool seek_pooled();
+  [[nodiscard]] bool seek_in(const Reading& reading, std::uint32_t layer);
+  [[nodiscard]] BlockKey key_at_cursor() const;
+  [[nodiscard]] static std::uint32_t run_from(const BlockKey& key);
+  [[nodiscard]] bool is_to_grow() const;
+  void reconcile();
   void pump();
-  [[nodiscard]] FrameRun take_run(std::uint32_t want, bool ring);
+  [[nodiscard]] std::uint32_t ask(const BlockKey& key);
   [[nodiscard]] FrameIndex take_frame();
   void make_room();
   void write_or_wait();
   [[nodiscard]] bool is_read_now(std::uint32_t layer, const Branch& branch) const;
-  [[nodiscard]] bool evict_surplus(bool spare_layer);
-  [[nodiscard]] bool evict_prefetched();
+  [[nodiscard]] bool evict_written();
   [[nodiscard]] bool evict_any();
   [[nodiscard]] bool write_any();
 
@@ -194,7 +213,8 @@ class Scheduler {
   [[nodiscard]] FrameIndex take_pool_frame(LayerBlocks& layer, std::uint32_t needed, bool reclaim);
   [[nodiscard]] bool grow_pool(std::uint32_t frames);
   std::uint32_t resize_pool(std::uint32_t target, std::uint32_t needed);
-  [[nodiscard]] bool reclaim_pool();
+  [[nodiscard]] bool reclaim_pool(std::uint32_t needed);
+  void soil(const BlockKey& key);
 
   void restore(std::uint32_t device_frames, std::uint32_t pool_frames);
   void grow_device(std::uint32_t frames);
@@ -229,6 +249,7 @@ class Scheduler {
   std::unique_ptr<Policy> policy_;
   BlockMap map_;
   Transfers transfers_;
+  Ring ring_;
   std::vector<LayerClass> classes_;
 
   Plan plan_;
@@ -237,19 +258,19 @@ class Scheduler {
   std::vector<Visit> visits_;
   std::vector<Reading> readings_;   // wave by wave, in reading order
   std::vector<Progress> progress_;  // of the visits
-  std::vector<Stretch> collected_;  // ready, and not yet given to the reader
-  std::vector<Stretch> read_;       // given to it, and not yet released
+  std::vector<Stretch> written_;    // of the layer that runs: streamed, clean, and still there
   std::vector<KvPiece> pieces_;     // empty between calls; kept for their memory, as is
   std::vector<const std::byte*>
-      joined_;  // where the frames of pieces that pass branches are listed
-  Cursor cursor_;
+      joined_;                     // where the frames of pieces that pass branches are listed
+  Cursor cursor_;                  // of what is to be asked for next
+  bool ahead_ = false;             // loads beyond the cursor may be in the ring
+  bool ready_ = false;             // some visit has blocks that the kernel was not given yet
+  bool running_ = false;           // blocks of `layer_` are in use
   std::uint32_t layer_ = 0;        // that runs
   std::uint32_t wave_ = 0;         // that runs in it
+  std::size_t appended_ = 0;       // readings of it that have their new tokens
   std::uint32_t copy_frames_ = 1;  // the most frames one ticket moves
   std::uint32_t pool_frames_ = 0;  // the most that the pool may come to hold
-  std::deque<BlockKey>
-      surplus_;  // clean, not ring, streamed by the plan: oldest first; may be stale
-  std::deque<BlockKey> loaded_;  // ring blocks in the order they were asked for; may be stale
   Nanos stall_ns_ = 0;
 };
 

@@ -89,36 +89,24 @@ void Scheduler::leave(Sequence& sequence) {
 // Drops a branch's blocks beyond the first `keep`.
 void Scheduler::cut(Branch& branch, std::uint32_t keep) {
   settle(branch);
+  ring_.cut(branch, keep);
   for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
     LayerBlocks& blocks = branch.layers[layer];
+    ring_.guard_pool(branch, layer, keep, static_cast<std::uint32_t>(blocks.blocks.size()));
     while (blocks.blocks.size() > keep) map_.shorten(branch, layer);
     blocks.gone = std::min(blocks.gone, keep);
     blocks.written = std::min(blocks.written, keep);
     if (keep == 0) map_.release_extent(blocks);
   }
   branch.full = std::min(branch.full, keep);
-  const auto dropped = [&](const BlockKey& key) {
-    return key.branch == &branch && key.block >= keep;
-  };
-  std::erase_if(surplus_, dropped);
-  std::erase_if(loaded_, dropped);
 }
 
 // Blocks [0, at) of a branch become one of their own, which is returned.
 Branch& Scheduler::split(Branch& branch, std::uint32_t at) {
   settle(branch);
-  Branch& front = map_.split(branch, at);
-  for (std::deque<BlockKey>* keys : {&surplus_, &loaded_}) {
-    for (BlockKey& key : *keys) {
-      if (key.branch != &branch) continue;
-      if (key.block < at) {
-        key.branch = &front;
-      } else {
-        key.block -= at;
-      }
-    }
-  }
-  return front;
+  ring_.guard_pool(branch);
+  ring_.drop(branch);
+  return map_.split(branch, at);
 }
 
 // Where a branch and a neighbour of it have come to have the same sequences they become one, so
@@ -138,12 +126,8 @@ void Scheduler::merge(Branch& front, Branch& back) {
   if (front.users != back.users || front.full < front.blocks()) return;
   if (capabilities_.streams) land();
   if (front.in_flight > 0 || back.in_flight > 0 || !back.error.empty()) return;
-  const std::uint32_t at = front.blocks();
-  for (std::deque<BlockKey>* keys : {&surplus_, &loaded_}) {
-    for (BlockKey& key : *keys) {
-      if (key.branch == &back) key = {&front, key.layer, key.block + at};
-    }
-  }
+  ring_.guard_pool(back);
+  ring_.drop(back);
   map_.merge(front, back);
 }
 
@@ -170,6 +154,8 @@ void Scheduler::drop_front(Branch& branch, const LayerClass& layers, std::uint32
   const std::uint32_t target = std::min(end, branch.full);
   for (const std::uint32_t layer : layers.layers) {
     LayerBlocks& blocks = branch.layers[layer];
+    ring_.trim(branch, layer, target);
+    ring_.guard_pool(branch, layer, blocks.gone, std::max(blocks.gone, target));
     for (; blocks.gone < target; ++blocks.gone) {
       while (blocks.blocks[blocks.gone].in_flight()) wait();
       map_.drop({&branch, layer, blocks.gone});

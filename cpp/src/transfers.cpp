@@ -13,7 +13,6 @@ namespace pie {
 
 namespace {
 
-constexpr std::uint32_t tries_max = 3;
 constexpr Nanos wait_ns_max = 1'000'000'000;
 
 std::uint64_t key_of(Ticket ticket) {
@@ -50,35 +49,47 @@ Transfers::Transfers(Backend& backend, BlockMap& map)
 
 // ---- guards -------------------------------------------------------------------------------------
 
-Ticket& Transfers::pool_guard(FrameIndex pool) {
-  if (pool >= pool_guards_.size()) pool_guards_.resize(pool + std::size_t{1});
-  return pool_guards_[pool];
+void Transfers::add_pool_guards(FrameIndex pool, std::vector<Dep>& after) const {
+  const auto [first, last] = pool_guards_.equal_range(pool);
+  for (auto guard = first; guard != last; ++guard) add(guard->second, after);
 }
 
-// What must have passed before a copy: of a load, whoever reads its targets; of a write, whatever
-// fills its sources; on a stream, the copies before it that use any of the frames.
+// Those of copies that have ended, now and then.
+void Transfers::prune_guards() {
+  constexpr std::size_t guards_max = 4096;
+  if (!any()) return pool_guards_.clear();
+  if (pool_guards_.size() < guards_max) return;
+  std::erase_if(pool_guards_, [&](const auto& guard) { return !under_way(guard.second); });
+}
+
+bool Transfers::under_way(Ticket ticket) const {
+  if (ticket.id == 0) return false;
+  return in_flight_.contains(key_of(ticket)) ||
+         std::ranges::find(fetching_, ticket, &Fetch::ticket) != fetching_.end();
+}
+
+void Transfers::add(Ticket ticket, std::vector<Dep>& deps) const {
+  if (!under_way(ticket)) return;
+  const auto same = [&](const Dep& dep) { return dep.ticket == ticket; };
+  if (std::ranges::none_of(deps, same)) deps.push_back({{}, ticket});
+}
+
+void Transfers::add_guards(FrameIndex device, std::vector<Dep>& after) const {
+  add(guards_[device].arrival, after);
+  add(guards_[device].departure, after);
+}
+
+// What must have passed before a copy: whoever reads its targets or fills its sources, and the
+// copies before it that use any of the frames.
 std::vector<Dep> Transfers::deps_of(const Transfer& transfer) {
   const std::vector<Block>& blocks = transfer.branch->layers[transfer.layer].blocks;
-  const bool load = transfer.lane == Lane::pool_to_device;
-  Fence fence;
   std::vector<Dep> deps;
-  const auto add = [&](Ticket ticket) {
-    const auto same = [&](const Dep& dep) { return dep.ticket == ticket; };
-    if (ticket.id != 0 && in_flight_.contains(key_of(ticket)) && std::ranges::none_of(deps, same)) {
-      deps.push_back({{}, ticket});
-    }
-  };
   for (std::uint32_t i = 0; i < transfer.count; ++i) {
     const Block& block = blocks[transfer.first_block + i];
-    const Guard& guard = guards_[block.device];
-    fence.id = std::max(fence.id, guard.readers.id);
-    if (!streams_) continue;
-    add(guard.arrival);
-    add(guard.departure);
-    add(pool_guard(block.pool));
+    if (streams_) add_guards(block.device, deps);
+    add_pool_guards(block.pool, deps);
   }
-  if (!load) fence = backend_.record(stream_, Timing::unwanted);
-  deps.push_back({fence, {}});
+  deps.push_back({fence(), {}});
   return deps;
 }
 
@@ -88,20 +99,20 @@ void Transfers::note_guards(const Transfer& transfer, Ticket ticket) {
     const Block& block = blocks[transfer.first_block + i];
     Guard& guard = guards_[block.device];
     if (transfer.lane == Lane::pool_to_device) {
-      guard = {{}, ticket, {}};
+      guard = {ticket, {}};
     } else {
       guard.departure = ticket;
     }
-    pool_guard(block.pool) = ticket;
+    guard_pool(block.pool, ticket);
   }
 }
 
 // Has the stream wait for a copy that is under way, once.
 void Transfers::order(Ticket& ticket) {
   const auto found = in_flight_.find(key_of(ticket));
-  if (found != in_flight_.end() && !std::exchange(found->second.ordered, true)) {
-    backend_.depend(stream_, {{}, ticket});
-  }
+  const bool first =
+      found != in_flight_.end() ? !std::exchange(found->second.ordered, true) : under_way(ticket);
+  if (first) depend(ticket);
   ticket = {};
 }
 
@@ -122,13 +133,30 @@ void Transfers::submit(const Transfer& transfer) {
       copies_of(blocks, transfer.first_block, transfer.count, transfer.lane);
   const Ticket ticket = backend_.submit(copies, deps_of(transfer));
   in_flight_.emplace(key_of(ticket), transfer);
+  loads_in_flight_ += transfer.lane == Lane::pool_to_device ? 1 : 0;
   if (streams_) note_guards(transfer, ticket);
 }
 
+// Where nothing is being written, no copy in the pool is one to wait for.
+Ticket Transfers::fetch(std::span<const Copy> copies, std::vector<Dep>& after) {
+  for (std::size_t i = 0; streams_ && !in_flight_.empty() && i < copies.size(); ++i) {
+    for (std::uint32_t j = 0; j < copies[i].count; ++j) {
+      add_pool_guards(copies[i].from.first + j, after);
+    }
+  }
+  std::uint32_t frames = 0;
+  for (const Copy& copy : copies) frames += copy.count;
+  fetching_.reserve(fetching_.size() + 1);
+  const Ticket ticket = backend_.submit(copies, after);
+  fetching_.push_back({ticket, frames});
+  if (streams_) loaded_frames_ += frames;
+  return ticket;
+}
+
 void Transfers::load(Branch& branch, std::uint32_t layer, std::uint32_t first_block,
-                     FrameRun device, bool ring) {
+                     FrameRun device) {
   for (std::uint32_t i = 0; i < device.count; ++i) {
-    map_.begin_load({&branch, layer, first_block + i}, device.first + i, ring);
+    map_.begin_load({&branch, layer, first_block + i}, device.first + i);
   }
   start({{Lane::pool_to_device, &branch, layer, first_block, device.count}});
 }
@@ -183,20 +211,23 @@ void Transfers::give_up(const Transfer& transfer, const Completion& completion) 
   put_back(transfer);
   if (transfer.optional) {
     ++failed_writes_;
-    return;
+  } else {
+    fail(*transfer.branch, transfer, completion);
   }
-  const bool load = transfer.lane == Lane::pool_to_device;
-  std::string& error = transfer.branch->error;
-  if (!error.empty()) return;
+}
+
+void Transfers::fail(Branch& branch, const Landed& copy, const Completion& completion) {
+  const bool load = copy.lane == Lane::pool_to_device;
+  if (!branch.error.empty()) return;
   ++troubled_;
-  const std::uint32_t block = transfer.branch->first + transfer.first_block;
-  error = std::string(load ? "Reading" : "Writing") + " its KV (layer " +
-          std::to_string(transfer.layer) + ", " + std::to_string(transfer.count) +
-          " blocks from block " + std::to_string(block) + ") " + (load ? "from" : "to") +
-          " the pool failed " + std::to_string(tries_max) + " times: " +
-          (completion.status == Status::corrupt ? "the data read are not the data written"
-                                                : std::strerror(completion.error)) +
-          ". Its committed KV is unchanged; try the step again, or free the sequence.";
+  const std::uint32_t block = branch.first + copy.first_block;
+  branch.error = std::string(load ? "Reading" : "Writing") + " its KV (layer " +
+                 std::to_string(copy.layer) + ", " + std::to_string(copy.count) +
+                 " blocks from block " + std::to_string(block) + ") " + (load ? "from" : "to") +
+                 " the pool failed " + std::to_string(tries_max) + " times: " +
+                 (completion.status == Status::corrupt ? "the data read are not the data written"
+                                                       : std::strerror(completion.error)) +
+                 ". Its committed KV is unchanged; try the step again, or free the sequence.";
 }
 
 std::string Transfers::take_error(Branch& branch) {
@@ -205,17 +236,24 @@ std::string Transfers::take_error(Branch& branch) {
 }
 
 void Transfers::end(const Completion& completion) {
+  if (streams_ && completion.status != Status::ok && lost_.empty()) {
+    const bool load = completion.ticket.lane == Lane::pool_to_device;
+    lost_ = std::string("a copy ") + (load ? "from" : "to") +
+            " the pool failed behind the stream: " + std::strerror(completion.error);
+  }
+  const auto fetch = std::ranges::find(fetching_, completion.ticket, &Fetch::ticket);
+  if (fetch != fetching_.end()) {
+    if (!streams_ && completion.status == Status::ok) loaded_frames_ += fetch->frames;
+    fetching_.erase(fetch);
+    fetched_.push_back(completion);
+    return;
+  }
   const auto it = in_flight_.find(key_of(completion.ticket));
   require(it != in_flight_.end(), "Transfers::land: a ticket ended that was never submitted.");
   Transfer transfer = it->second;
   in_flight_.erase(it);
-  if (streams_) {
-    if (completion.status != Status::ok && lost_.empty()) {
-      lost_ = std::string("a copy ") + (transfer.lane == Lane::pool_to_device ? "from" : "to") +
-              " the pool failed behind the stream: " + std::strerror(completion.error);
-    }
-    return;
-  }
+  loads_in_flight_ -= transfer.lane == Lane::pool_to_device ? 1 : 0;
+  if (streams_) return;
   --transfer.branch->in_flight;
   if (completion.status != Status::ok && transfer.tries < tries_max) {
     ++transfer.tries;
@@ -236,6 +274,7 @@ const std::vector<Landed>& Transfers::land() {
     count = backend_.poll(ended);
     for (std::size_t i = 0; i < count; ++i) end(ended[i]);
   }
+  if (!pool_guards_.empty()) prune_guards();
   landed_.clear();
   landed_.swap(landing_);
   return landed_;

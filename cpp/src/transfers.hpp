@@ -5,12 +5,14 @@
 // its blocks go back to where they were and the first error is kept on their branch.
 //
 // Where compute is on a stream nobody waits: a block counts as moved when its copy is submitted,
-// and frames of both tiers keep guards, the tickets and fences that must pass before what comes
-// next. What is copied waits for them by `after`, what is computed by `depend`. A copy that fails
-// there means a lost device, since compute is enqueued behind it already.
+// and frames of both tiers keep guards, the tickets that must pass before what comes next. What is
+// copied waits for them by `after`, what is computed by `depend`. Readers need no guard: a copy
+// into a frame waits for all that the stream was given before it. A copy that fails there means a
+// lost device, since compute is enqueued behind it already.
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -30,32 +32,45 @@ struct Landed {
   std::uint32_t count = 0;
 };
 
+// How often a copy is tried before it is given up.
+inline constexpr std::uint32_t tries_max = 3;
+
 class Transfers {
  public:
   Transfers(Backend& backend, BlockMap& map);
 
   // Loads pooled blocks from `first_block` into `device`, one a frame, as one ticket.
-  void load(Branch& branch, std::uint32_t layer, std::uint32_t first_block, FrameRun device,
-            bool ring);
+  void load(Branch& branch, std::uint32_t layer, std::uint32_t first_block, FrameRun device);
 
   // Writes dirty blocks from `first_block` to `pool_frames`, one a frame, as one ticket. Where it
   // is `optional`, since the blocks stay on the device, a failure is counted and no error.
   void write(Branch& branch, std::uint32_t layer, std::uint32_t first_block,
              const std::vector<FrameIndex>& pool_frames, bool optional);
 
-  // A device frame was read by everything given to the compute stream so far: what is next copied
-  // into it waits for that.
-  void read_until(FrameIndex device, Fence fence) { guards_[device].readers = fence; }
-  void read_until(Fence fence) {
-    for (Guard& guard : guards_) guard.readers = fence;
-  }
+  // Copies from the pool into frames that no block owns, `after` what is told and the writes of
+  // what is copied. Its end is told by `fetched`.
+  [[nodiscard]] Ticket fetch(std::span<const Copy> copies, std::vector<Dep>& after);
+  [[nodiscard]] std::vector<Completion>& fetched() { return fetched_; }
 
   // What blocks are filled by: what is copied out of them waits for what that was given so far.
   void set_stream(ComputeStream stream) { stream_ = stream; }
+  [[nodiscard]] Fence fence() { return backend_.record(stream_, Timing::unwanted); }
 
   // What the stream is about to do with a device frame: it is made to wait where it must.
   void before_read(FrameIndex device);
   void before_write(FrameIndex device);
+  void depend(Ticket ticket) { backend_.depend(stream_, {{}, ticket}); }
+
+  // Adds what copies into a device frame must wait for.
+  void add_guards(FrameIndex device, std::vector<Dep>& after) const;
+
+  // `ticket` uses a frame that nobody owns any more.
+  void guard_device(FrameIndex device, Ticket ticket) { guards_[device] = {ticket, {}}; }
+  void guard_pool(FrameIndex pool, Ticket ticket) { pool_guards_.emplace(pool, ticket); }
+
+  // Keeps the first failure of a branch, in words.
+  void fail(Branch& branch, const Landed& copy, const Completion& completion);
+  void count_retry() { ++retries_; }
 
   // Applies what has ended, or was submitted to a stream, and returns it; good until the next call.
   const std::vector<Landed>& land();
@@ -63,14 +78,16 @@ class Transfers {
   // Waits until something has ended, or a while.
   void wait();
 
-  [[nodiscard]] bool any() const { return !in_flight_.empty(); }
-  [[nodiscard]] bool loading() const { return map_.count(BlockState::loading) > 0; }
+  [[nodiscard]] bool any() const { return !in_flight_.empty() || !fetching_.empty(); }
   [[nodiscard]] std::uint64_t loaded_frames() const { return loaded_frames_; }
   [[nodiscard]] std::uint64_t written_frames() const { return written_frames_; }
   [[nodiscard]] std::uint64_t started_writes() const { return started_writes_; }
   [[nodiscard]] std::uint64_t retries() const { return retries_; }
   [[nodiscard]] std::uint64_t given_up() const { return given_up_; }
   [[nodiscard]] std::uint64_t failed_writes() const { return failed_writes_; }
+
+  // Loads into frames of blocks that a stream may have to wait for.
+  [[nodiscard]] bool loading() const { return loads_in_flight_ > 0; }
 
   // Why the device is lost, by a copy that failed behind a stream; empty while it is not.
   [[nodiscard]] const std::string& lost() const { return lost_; }
@@ -93,14 +110,22 @@ class Transfers {
 
   // Of a device frame. Value 0 is "none".
   struct Guard {
-    Fence readers;     // of what was read on the stream
     Ticket arrival;    // fills it
     Ticket departure;  // copies it to the pool
   };
 
+  // A ticket of `fetch` under way.
+  struct Fetch {
+    Ticket ticket;
+    std::uint32_t frames = 0;
+  };
+
+  [[nodiscard]] bool under_way(Ticket ticket) const;
+  void add(Ticket ticket, std::vector<Dep>& deps) const;
   [[nodiscard]] std::vector<Dep> deps_of(const Transfer& transfer);
   void note_guards(const Transfer& transfer, Ticket ticket);
-  [[nodiscard]] Ticket& pool_guard(FrameIndex pool);
+  void add_pool_guards(FrameIndex pool, std::vector<Dep>& after) const;
+  void prune_guards();
   void order(Ticket& ticket);
   void start(const Transfer& transfer);
   void submit(const Transfer& transfer);
@@ -114,11 +139,14 @@ class Transfers {
   BlockMap& map_;
   std::unordered_map<std::uint64_t, Transfer> in_flight_;  // by ticket: its id and its lane
   const bool streams_;
-  std::vector<Guard> guards_;        // by device frame
-  std::vector<Ticket> pool_guards_;  // by pool frame, of the last copy that used it; for streams
-  std::vector<Landed> landing_;      // since `land` was called
-  std::vector<Landed> landed_;       // what it returned
+  std::vector<Fetch> fetching_;      // a handful
+  std::vector<Completion> fetched_;  // those that have ended, until they are taken
+  std::vector<Guard> guards_;        // by device frame; for streams
+  std::unordered_multimap<FrameIndex, Ticket> pool_guards_;  // copies that use pool frames
+  std::vector<Landed> landing_;                              // since `land` was called
+  std::vector<Landed> landed_;                               // what it returned
   std::string lost_;
+  std::uint32_t loads_in_flight_ = 0;  // tickets
   std::uint64_t loaded_frames_ = 0;
   std::uint64_t written_frames_ = 0;
   std::uint64_t started_writes_ = 0;  // tickets

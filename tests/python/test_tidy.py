@@ -22,6 +22,7 @@ LAYERS = [
     {"frame_pool", "layer_kernel", "options"},
     {"block_map"},
     {"policy", "transfers"},
+    {"ring"},
     {"scheduler"},
     {"room", "sequences", "budgets", "built_in_kernels", "resolve"},
     {"cache"},

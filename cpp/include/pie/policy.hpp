@@ -3,7 +3,8 @@
 // A policy reads no clock and keeps no memory; everything it may know is in the snapshot. The plan
 // says for every block which lever serves it: the first streamed_blocks of a layer of a branch are
 // streamed, the others resident. Streaming a prefix keeps both sides adjacent in the pool, so
-// copies are large, and growing or shrinking it moves one boundary.
+// copies are large, and growing or shrinking it moves one boundary. Boundaries stay where they are
+// while that serves, and where it does not a few of them move, by more than this one step needs.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +26,8 @@ struct BranchView {
   std::uint32_t pinned_blocks = 0;  // stay on the device whatever the plan: the partial last block,
                                     // and one that the step fills, which an abort must give back
   bool active = false;              // read in the step
+  std::uint32_t layer_class = 0;    // views of one class are of the same layers
+  std::uint32_t streamed_frames = 0;  // by the plan in force, all its layers together
 };
 
 struct Snapshot {
@@ -32,6 +35,7 @@ struct Snapshot {
   std::uint32_t device_frames = 0;     // for blocks and ring: capacity less staging
   std::uint32_t pool_frames = 0;       // the most the pool may hold; 0: there is none
   std::uint32_t copy_frames_best = 1;  // copies of this many frames reach the link's rate
+  std::uint32_t growth_frames = 0;     // that a step of a token a sequence fills on average
   bool whole_layers = false;           // all blocks of a layer are to be on the device at once
   std::span<const BranchView> branches;
 };

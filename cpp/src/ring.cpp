@@ -1,0 +1,328 @@
+// Segments filled, read and filled anew.
+#include "ring.hpp"
+
+#include <algorithm>
+#include <ranges>
+#include <utility>
+
+#include "pie/error.hpp"
+
+namespace pie {
+
+namespace {
+
+// One copy for frames that are adjacent in both tiers.
+void add_copies(const Load& load, std::vector<Copy>& copies) {
+  const std::vector<Block>& blocks = load.branch->layers[load.layer].blocks;
+  for (std::uint32_t i = 0; i < load.count; ++i) {
+    const FrameIndex pool = blocks[load.first_block + i].pool;
+    const FrameIndex device = load.device + i;
+    if (!copies.empty()) {
+      Copy& last = copies.back();
+      if (last.from.first + last.count == pool && last.to.first + last.count == device) {
+        ++last.count;
+        continue;
+      }
+    }
+    copies.push_back({{Tier::pool, pool}, {Tier::device, device}, 1});
+  }
+}
+
+}  // namespace
+
+// ---- where it lies ------------------------------------------------------------------------------
+
+void Ring::reshape(FrameRun frames, std::uint32_t segment_frames) {
+  if (frames == frames_ && segment_frames == segment_frames_) return;
+  const bool same = frames.end() == frames_.end() && segment_frames == segment_frames_;
+  frames_ = frames;
+  const std::uint32_t count = (frames.count + segment_frames - 1) / segment_frames;
+  std::uint32_t stays = 0;
+  const auto run_of = [&](std::uint32_t index) {
+    const std::uint32_t above = index * segment_frames;
+    const std::uint32_t size = std::min(segment_frames, frames.count - above);
+    return FrameRun{frames.end() - above - size, size};
+  };
+  while (same && stays < std::min<std::size_t>(count, segments_.size()) &&
+         segments_[stays].frames == run_of(stays)) {
+    ++stays;
+  }
+  leave(stays);
+  segment_frames_ = segment_frames;
+  for (std::uint32_t i = stays; i < count; ++i) segments_.push_back({run_of(i)});
+  next_ = 0;
+}
+
+// Gives up the segments from `first` on, with what is in them.
+void Ring::leave(std::uint32_t first) {
+  std::erase_if(queue_, [&](const Load& load) { return load.segment >= first; });
+  for (Flight& flight : flights_) {
+    if (flight.segment < first || flight.segment == no_segment) continue;
+    flight.segment = no_segment;
+    for (const Load& load : flight.loads) {
+      for (std::uint32_t i = 0; i < load.count; ++i) {
+        transfers_.guard_device(load.device + i, flight.ticket);
+      }
+    }
+  }
+  segments_.resize(std::min<std::size_t>(first, segments_.size()));
+}
+
+std::uint32_t Ring::frames_in_use() const {
+  std::uint32_t frames = 0;
+  for (const Segment& segment : segments_) {
+    if (segment.unread + segment.taken > 0) frames += segment.filled;
+  }
+  return frames;
+}
+
+bool Ring::strays() const {
+  return std::ranges::any_of(flights_, [](const Flight& f) { return f.segment == no_segment; });
+}
+
+// ---- asking -------------------------------------------------------------------------------------
+
+bool Ring::open() {
+  const auto count = static_cast<std::uint32_t>(segments_.size());
+  for (std::uint32_t i = 0; i < count; ++i) {
+    const std::uint32_t index = (next_ + i) % count;
+    Segment& segment = segments_[index];
+    if (segment.unread + segment.taken > 0) continue;
+    segment.filled = 0;
+    open_ = index;
+    next_ = (index + 1) % count;
+    return true;
+  }
+  return false;
+}
+
+std::uint32_t Ring::ask(Branch& branch, std::uint32_t layer, std::uint32_t first_block,
+                        std::uint32_t count) {
+  if (open_ == no_segment && !open()) return 0;
+  Segment& segment = segments_[open_];
+  const std::uint32_t fits = std::min(count, segment.frames.count - segment.filled);
+  asked_.push_back(
+      {&branch, layer, first_block, fits, segment.frames.first + segment.filled, open_, {}});
+  segment.filled += fits;
+  if (segment.filled == segment.frames.count) close();
+  return fits;
+}
+
+void Ring::close() {
+  if (open_ == no_segment) return;
+  const std::uint32_t index = std::exchange(open_, no_segment);
+  std::vector<Load> loads;
+  loads.swap(asked_);
+  submit(index, loads, deps_of(segments_[index], index));
+  segments_[index].unread += static_cast<std::uint32_t>(loads.size());
+  queue_.insert(queue_.end(), loads.begin(), loads.end());
+}
+
+std::vector<Dep> Ring::deps_of(const Segment& segment, std::uint32_t index) const {
+  std::vector<Dep> deps;
+  // From the last on: on a stream the last copies into a segment wait for those before them, and
+  // the host runs far ahead of all.
+  bool last = false;
+  for (const Flight& flight : flights_ | std::views::reverse) {
+    const bool stray = segment.fresh && flight.segment == no_segment;
+    if (!stray && (flight.segment != index || (last && streams_))) continue;
+    deps.push_back({{}, flight.ticket});
+    last = last || !stray;
+  }
+  if (segment.fresh && streams_) {
+    for (std::uint32_t i = 0; i < segment.frames.count; ++i) {
+      transfers_.add_guards(segment.frames.first + i, deps);
+    }
+    deps.push_back({transfers_.fence(), {}});
+  } else {
+    deps.push_back({segment.readers, {}});
+  }
+  return deps;
+}
+
+// One ticket for loads of one segment, which take its name.
+void Ring::submit(std::uint32_t index, std::vector<Load>& loads, std::vector<Dep> after) {
+  std::vector<Copy> copies;
+  for (const Load& load : loads) add_copies(load, copies);
+  Flight flight{{}, index, false, loads};
+  flights_.reserve(flights_.size() + 1);  // from here on nothing is forgotten
+  flight.ticket = transfers_.fetch(copies, after);
+  segments_[index].fresh = false;
+  for (Load& load : loads) load.ticket = flight.ticket;
+  flights_.push_back(std::move(flight));
+}
+
+// ---- reading ------------------------------------------------------------------------------------
+
+const Load* Ring::find(const BlockKey& key) const {
+  const auto found =
+      std::ranges::find_if(queue_, [&](const Load& load) { return load.holds(key); });
+  return found == queue_.end() ? nullptr : &*found;
+}
+
+bool Ring::arrived(const Load& load) const {
+  return std::ranges::find(flights_, load.ticket, &Flight::ticket) == flights_.end();
+}
+
+Load Ring::take(const Load* load, bool order) {
+  const Load taken = *load;
+  if (order) {
+    const auto flight =
+        std::ranges::find(flights_ | std::views::reverse, taken.ticket, &Flight::ticket);
+    if (flight != flights_.rend() && !std::exchange(flight->ordered, true)) {
+      transfers_.depend(taken.ticket);
+    }
+  }
+  Segment& segment = segments_[taken.segment];
+  --segment.unread;
+  ++segment.taken;
+  ++taken_;
+  if (load == &queue_.front()) {
+    queue_.pop_front();
+  } else {
+    queue_.erase(std::ranges::find_if(queue_, [&](const Load& other) { return &other == load; }));
+  }
+  return taken;
+}
+
+void Ring::release(Fence readers) {
+  if (taken_ == 0) return;
+  for (Segment& segment : segments_) {
+    if (segment.taken == 0) continue;
+    segment.readers = readers;
+    segment.taken = 0;
+  }
+  taken_ = 0;
+}
+
+// ---- dropping -----------------------------------------------------------------------------------
+
+void Ring::drop_all() {
+  for (const Load& load : queue_) drop(load);
+  queue_.clear();
+}
+
+template <typename Change>
+void Ring::change(const Change& drops) {
+  std::erase_if(queue_, [&](Load& load) {
+    if (!drops(load)) return false;
+    drop(load);
+    return true;
+  });
+}
+
+void Ring::drop(const Branch& branch) {
+  change([&](const Load& load) { return load.branch == &branch; });
+}
+
+void Ring::drop(const BlockKey& key) {
+  change([&](const Load& load) { return load.holds(key); });
+}
+
+void Ring::cut(const Branch& branch, std::uint32_t keep) {
+  change([&](Load& load) {
+    if (load.branch != &branch || load.end() <= keep) return false;
+    load.count = keep - std::min(keep, load.first_block);
+    return load.count == 0;
+  });
+}
+
+void Ring::trim(const Branch& branch, std::uint32_t layer, std::uint32_t end) {
+  change([&](Load& load) {
+    if (!load.is_of(branch, layer) || load.first_block >= end) return false;
+    const std::uint32_t gone = std::min(end - load.first_block, load.count);
+    load.first_block += gone;
+    load.device += gone;
+    load.count -= gone;
+    return load.count == 0;
+  });
+}
+
+bool Ring::drop_last() {
+  if (queue_.empty()) return false;
+  const std::uint32_t segment = queue_.back().segment;
+  std::erase_if(queue_, [&](const Load& load) { return load.segment == segment; });
+  segments_[segment].unread = 0;
+  return true;
+}
+
+std::deque<Load> Ring::take_list() { return std::exchange(queue_, {}); }
+
+void Ring::guard_pool(const Branch& branch, std::uint32_t layer, std::uint32_t begin,
+                      std::uint32_t end) {
+  for (const Flight& flight : flights_) {
+    for (const Load& load : flight.loads) {
+      if (!load.is_of(branch, layer)) continue;
+      const std::vector<Block>& blocks = branch.layers[layer].blocks;
+      for (auto b = std::max(begin, load.first_block); b < std::min(end, load.end()); ++b) {
+        if (blocks[b].pool != no_frame) transfers_.guard_pool(blocks[b].pool, flight.ticket);
+      }
+    }
+  }
+}
+
+void Ring::guard_pool(const Branch& branch) {
+  for (std::uint32_t layer = 0; !flights_.empty() && layer < branch.layers.size(); ++layer) {
+    guard_pool(branch, layer, 0, static_cast<std::uint32_t>(branch.layers[layer].blocks.size()));
+  }
+}
+
+// ---- completions --------------------------------------------------------------------------------
+
+void Ring::land() {
+  while (!transfers_.fetched().empty()) {
+    const Completion completion = transfers_.fetched().back();
+    transfers_.fetched().pop_back();
+    std::erase_if(flights_,
+                  [&](const Flight& flight) { return flight.ticket == completion.ticket; });
+    if (completion.status != Status::ok && !streams_) retry(completion);
+  }
+}
+
+// Each load by itself, waiting for no other, so that one that cannot be read is nobody else's
+// trouble.
+void Ring::retry(const Completion& completion) {
+  std::vector<Load> failed;
+  std::erase_if(queue_, [&](const Load& load) {
+    if (load.ticket != completion.ticket) return false;
+    failed.push_back(load);
+    drop(load);
+    return true;
+  });
+  for (Load& load : failed | std::views::reverse) {
+    if (load.tries == tries_max) {
+      transfers_.fail(*load.branch,
+                      {Lane::pool_to_device, load.branch, load.layer, load.first_block, load.count},
+                      completion);
+      continue;
+    }
+    ++load.tries;
+    transfers_.count_retry();
+    std::vector<Load> alone{load};
+    submit(load.segment, alone, {});
+    ++segments_[load.segment].unread;
+    queue_.push_front(alone.front());
+  }
+}
+
+void Ring::check() const {
+  std::vector<std::uint32_t> unread(segments_.size());
+  for (const Load& load : queue_) {
+    ++unread.at(load.segment);
+    const FrameRun frames = segments_[load.segment].frames;
+    require(load.device >= frames.first && load.device + load.count <= frames.end(),
+            "check: a load lies outside its segment.");
+    for (std::uint32_t b = load.first_block; b < load.end(); ++b) {
+      require(BlockMap::at({load.branch, load.layer, b}).state == BlockState::pooled,
+              "check: a load holds a block that is not in the pool alone.");
+    }
+  }
+  std::uint32_t frames = 0;
+  for (std::size_t i = 0; i < segments_.size(); ++i) {
+    require(unread[i] == segments_[i].unread, "check: a segment's count of loads is wrong.");
+    frames += segments_[i].frames.count;
+  }
+  require(frames == frames_.count && asked_.empty(), "check: the segments are not the ring.");
+}
+
+}  // namespace pie
