@@ -59,19 +59,22 @@ class Frames {
     // As the arena of a backend: on huge pages.
     ::madvise(memory_.get(), count_ * frame_bytes_, MADV_HUGEPAGE);
     fill(memory_.get(), count_ * frame_bytes_);
-    for (std::size_t i = 0; i < count_; ++i) frames_.push_back(memory_.get() + i * frame_bytes_);
-    std::shuffle(frames_.begin(), frames_.end(), std::mt19937(1));
+    for (std::size_t i = 0; i < count_; ++i) table_.push_back(static_cast<std::int32_t>(i));
+    std::shuffle(table_.begin(), table_.end(), std::mt19937(1));
   }
 
-  [[nodiscard]] const std::vector<std::byte*>& frames() const { return frames_; }
+  [[nodiscard]] pie::BlockFrames all() const {
+    return {memory_.get(), frame_bytes_, table_.data()};
+  }
+  [[nodiscard]] std::size_t count() const { return count_; }
   [[nodiscard]] std::size_t frame_bytes() const { return frame_bytes_; }
 
   // `count` frames starting anywhere; successive calls walk over all of them.
-  const std::byte* const* take(std::size_t count) {
+  pie::BlockFrames take(std::size_t count) {
     if (next_ + count > count_) next_ = 0;
-    const std::byte* const* first = frames_.data() + next_;
+    const std::int32_t* first = table_.data() + next_;
     next_ += count;
-    return first;
+    return {memory_.get(), frame_bytes_, first};
   }
 
  private:
@@ -81,7 +84,7 @@ class Frames {
   std::size_t frame_bytes_;
   std::size_t count_;
   std::unique_ptr<std::byte, Free> memory_;
-  std::vector<std::byte*> frames_;
+  std::vector<std::int32_t> table_;
   std::size_t next_ = 0;
 };
 
@@ -142,7 +145,8 @@ Seconds fold_seconds(const Problem& problem, Frames& frames, double budget_s) {
 }
 
 struct Read {
-  const std::vector<std::byte*>* frames;
+  pie::BlockFrames frames;
+  std::size_t count;
   std::size_t frame_bytes;
   std::size_t shares;
   std::vector<std::uint64_t> sums;
@@ -151,8 +155,8 @@ struct Read {
 void read_share(void* context, std::size_t share) {
   auto* read = static_cast<Read*>(context);
   std::uint64_t sum[8] = {};
-  for (std::size_t f = share; f < read->frames->size(); f += read->shares) {
-    const std::byte* frame = (*read->frames)[f];
+  for (std::size_t f = share; f < read->count; f += read->shares) {
+    const std::byte* frame = read->frames[f];
     for (std::size_t i = 0; i + 64 <= read->frame_bytes; i += 64) {
       std::uint64_t words[8];
       std::memcpy(words, frame + i, 64);
@@ -164,13 +168,14 @@ void read_share(void* context, std::size_t share) {
 
 // The same threads read the same frames, all of them.
 Seconds read_seconds(const Frames& frames, unsigned threads) {
-  Read read{&frames.frames(), frames.frame_bytes(), threads, std::vector<std::uint64_t>(threads)};
+  Read read{frames.all(), frames.count(), frames.frame_bytes(), threads,
+            std::vector<std::uint64_t>(threads)};
   return measure(1, [&] { pie::parallel_for(threads, read_share, &read); });
 }
 
 void decode(const char* name, const Problem& problem, std::size_t bytes, unsigned threads) {
   Frames frames(problem.shape, bytes);
-  const auto all = static_cast<double>(frames.frames().size() * frames.frame_bytes());
+  const auto all = static_cast<double>(frames.count() * frames.frame_bytes());
   const Seconds read = read_seconds(frames, threads);
   const Seconds fold = fold_seconds(problem, frames, 1.5);
   const pie::AttentionShape& shape = problem.shape;

@@ -45,7 +45,7 @@ std::string machine() {
 
 class NoKernel final : public pie::LayerKernel {
  public:
-  void store(std::byte*, std::uint32_t, std::uint32_t, std::uint32_t) override {}
+  void append(const pie::Append&) override {}
   void attend(std::uint32_t, std::span<const pie::KvPiece>) override {}
 };
 

@@ -73,10 +73,12 @@ class Marker final : public pie::LayerKernel {
   Marker(std::uint32_t layer, std::uint32_t first_token, std::uint32_t block_tokens)
       : layer_(layer), first_token_(first_token), block_tokens_(block_tokens) {}
 
-  void store(std::byte* frame, std::uint32_t token, std::uint32_t, std::uint32_t row) override {
-    if (token != 0) return;
-    const std::uint64_t mark = mark_of((first_token_ + row) / block_tokens_);
-    std::memcpy(frame, &mark, sizeof mark);
+  void append(const pie::Append& rows) override {
+    rows.each_run([&](std::byte* frame, std::uint32_t token, std::uint32_t, std::uint32_t row) {
+      if (token != 0) return;
+      const std::uint64_t mark = mark_of((first_token_ + row) / block_tokens_);
+      std::memcpy(frame, &mark, sizeof mark);
+    });
   }
 
   void attend(std::uint32_t /*layer*/, std::span<const pie::KvPiece> pieces) override {

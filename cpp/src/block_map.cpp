@@ -8,13 +8,11 @@
 
 namespace pie {
 
-BlockMap::BlockMap(Geometry geometry, std::uint32_t device_frames, std::uint32_t pool_frames,
-                   const std::byte* arena, Bytes stride)
+BlockMap::BlockMap(Geometry geometry, std::uint32_t device_frames, std::uint32_t pool_frames)
     : geometry_(std::move(geometry)),
-      arena_(arena),
-      stride_(stride),
       device_(device_frames, device_frames),
       pool_(pool_frames, 0),
+      tables_(geometry_.layers),
       owners_(device_frames) {}
 
 void BlockMap::resize_device(std::uint32_t frames) {
@@ -25,9 +23,11 @@ void BlockMap::resize_device(std::uint32_t frames) {
 // ---- sequences and branches ---------------------------------------------------------------------
 
 Sequence& BlockMap::add() {
+  const std::uint32_t row = tables_.add_row();
   const SequenceId id = next_id_++;
   Sequence& sequence = sequences_[id];
   sequence.id = id;
+  sequence.row = row;
   return sequence;
 }
 
@@ -40,6 +40,7 @@ Sequence& BlockMap::fork(const Sequence& sequence) {
 
 void BlockMap::remove(Sequence& sequence) {
   require(sequence.path.empty(), "BlockMap::remove: the sequence still has branches.");
+  tables_.remove_row(sequence.row);
   sequences_.erase(sequence.id);
 }
 
@@ -63,7 +64,7 @@ Branch& BlockMap::grow(std::uint32_t first) {
 }
 
 void BlockMap::remove(Branch& branch) {
-  require(branch.users == 0, "BlockMap::remove: a sequence uses the branch.");
+  require(branch.users.empty(), "BlockMap::remove: a sequence uses the branch.");
   for (LayerBlocks& layer : branch.layers) {
     require(layer.blocks.empty(), "BlockMap::remove: the branch still has blocks.");
     release_extent(layer);
@@ -72,13 +73,33 @@ void BlockMap::remove(Branch& branch) {
 }
 
 void BlockMap::leave(Sequence& sequence) {
-  --sequence.path.back()->users;
+  Branch& branch = *sequence.path.back();
+  for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
+    std::fill_n(tables_.row(layer, sequence.row) + branch.first, branch.layers[layer].blocks.size(),
+                no_table_frame);
+  }
+  std::erase(branch.users, &sequence);
   sequence.path.pop_back();
 }
 
 void BlockMap::join(Sequence& sequence, Branch& branch) {
+  branch.users.push_back(&sequence);
   sequence.path.push_back(&branch);
-  ++branch.users;
+  for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
+    const std::vector<Block>& blocks = branch.layers[layer].blocks;
+    for (std::uint32_t b = 0; b < blocks.size(); ++b) {
+      const bool nowhere = blocks[b].device == no_frame;
+      tables_.row(layer, sequence.row)[branch.first + b] =
+          nowhere ? no_table_frame : static_cast<std::int32_t>(blocks[b].device);
+    }
+  }
+}
+
+// Where a block lies, in the tables of all its sequences.
+void BlockMap::list(const BlockKey& key, std::int32_t device) {
+  for (const Sequence* sequence : key.branch->users) {
+    tables_.row(key.layer, sequence->row)[key.branch->first + key.block] = device;
+  }
 }
 
 namespace {
@@ -116,7 +137,6 @@ Branch& BlockMap::split(Branch& branch, std::uint32_t at) {
     LayerBlocks& from = branch.layers[layer];
     LayerBlocks& to = front.layers[layer];
     to.blocks = take_front(from.blocks, at);
-    to.frames = take_front(from.frames, at);
     for (std::uint32_t LayerBlocks::* count : leading_counts) {
       to.*count = std::min(from.*count, at);
       from.*count -= to.*count;
@@ -129,15 +149,14 @@ Branch& BlockMap::split(Branch& branch, std::uint32_t at) {
   front.active = branch.active;
   branch.full -= front.full;
   branch.first += at;
-  for (auto& [id, sequence] : sequences_) {
-    const auto place = std::ranges::find(sequence.path, &branch);
-    if (place != sequence.path.end()) sequence.path.insert(place, &front);
+  for (Sequence* sequence : branch.users) {
+    sequence->path.insert(std::ranges::find(sequence->path, &branch), &front);
   }
   return front;
 }
 
 void BlockMap::merge(Branch& front, Branch& back) {
-  require(front.in_flight == 0 && back.in_flight == 0 && front.users == back.users &&
+  require(front.in_flight == 0 && back.in_flight == 0 && front.users.size() == back.users.size() &&
               front.full == front.blocks() && front.end() == back.first,
           "BlockMap::merge: the branches are not one.");
   const std::uint32_t at = front.blocks();
@@ -145,7 +164,6 @@ void BlockMap::merge(Branch& front, Branch& back) {
     LayerBlocks& from = back.layers[layer];
     LayerBlocks& to = front.layers[layer];
     to.blocks.insert(to.blocks.end(), from.blocks.begin(), from.blocks.end());
-    to.frames.insert(to.frames.end(), from.frames.begin(), from.frames.end());
     // A count goes on in the second part only where it reached the end of the first.
     for (std::uint32_t LayerBlocks::* count : leading_counts) {
       if (to.*count == at) to.*count += from.*count;
@@ -157,8 +175,8 @@ void BlockMap::merge(Branch& front, Branch& back) {
   }
   front.full += back.full;
   front.active = front.active || back.active;
-  for (auto& [id, sequence] : sequences_) std::erase(sequence.path, &back);
-  back.users = 0;
+  for (Sequence* sequence : back.users) std::erase(sequence->path, &back);
+  back.users.clear();
   remove(back);
 }
 
@@ -180,14 +198,14 @@ void BlockMap::set_state(const BlockKey& key, BlockState state) {
 void BlockMap::enter_device(const BlockKey& key, FrameIndex device) {
   at(key).device = device;
   owners_[device] = key;
-  key.branch->layers[key.layer].frames[key.block] = arena_ + device * stride_;
+  list(key, static_cast<std::int32_t>(device));
 }
 
 void BlockMap::leave_device(const BlockKey& key) {
   Block& block = at(key);
   if (block.device == no_frame) return;
   owners_[block.device] = {};
-  key.branch->layers[key.layer].frames[key.block] = nullptr;
+  list(key, no_table_frame);
   device_.release(block.device);
   block.device = no_frame;
 }
@@ -198,16 +216,12 @@ void BlockMap::leave_pool(Block& block) {
   block.pool = no_frame;
 }
 
-void BlockMap::lengthen(LayerBlocks& layer) {
-  layer.blocks.emplace_back();
-  layer.frames.push_back(nullptr);
-}
+void BlockMap::lengthen(LayerBlocks& layer) { layer.blocks.emplace_back(); }
 
 void BlockMap::shorten(Branch& branch, std::uint32_t layer) {
   LayerBlocks& blocks = branch.layers[layer];
   drop({&branch, layer, static_cast<std::uint32_t>(blocks.blocks.size()) - 1});
   blocks.blocks.pop_back();
-  blocks.frames.pop_back();
 }
 
 void BlockMap::place(const BlockKey& key, FrameIndex device) {
@@ -277,7 +291,7 @@ void BlockMap::drop(const BlockKey& key) {
   require(!at(key).in_flight(), "BlockMap::drop: a transfer of the block is in flight.");
   leave_device(key);
   leave_pool(at(key));
-  key.branch->layers[key.layer].frames[key.block] = nullptr;
+  list(key, no_table_frame);
   set_state(key, BlockState::empty);
 }
 
@@ -327,9 +341,12 @@ void BlockMap::check_block(const BlockKey& key, std::vector<bool>& pool_seen) co
   require(on_device == (block.device != no_frame),
           "check: a block's device frame and state differ.");
   require(in_pool == (block.pool != no_frame), "check: a block's pool frame and state differ.");
-  require(block.state == BlockState::pooled ||
-              layer.frames[key.block] == (on_device ? arena_ + block.device * stride_ : nullptr),
-          "check: a block's frame in the table is another.");
+  const auto listed = on_device ? static_cast<std::int32_t>(block.device) : no_table_frame;
+  for (const Sequence* sequence : key.branch->users) {
+    const std::int32_t entry = tables_.row(key.layer, sequence->row)[key.branch->first + key.block];
+    require(block.state == BlockState::pooled || entry == listed,
+            "check: a block's frame in a table is another.");
+  }
   if (on_device) {
     const BlockKey owner = owners_[block.device];
     require(owner.branch == key.branch && owner.layer == key.layer && owner.block == key.block,
@@ -344,7 +361,7 @@ void BlockMap::check_block(const BlockKey& key, std::vector<bool>& pool_seen) co
 }
 
 void BlockMap::check_paths() const {
-  std::map<const Branch*, std::uint32_t> users;
+  std::map<const Branch*, std::size_t> users;
   for (const auto& [id, sequence] : sequences_) {
     std::uint32_t end = 0;
     for (const Branch* branch : sequence.path) {
@@ -360,7 +377,7 @@ void BlockMap::check_paths() const {
   }
   for (const auto& [id, branch] : branches_) {
     const auto found = users.find(&branch);
-    require(branch.users == (found == users.end() ? 0 : found->second),
+    require(branch.users.size() == (found == users.end() ? 0 : found->second),
             "check: the count of a branch's users is wrong.");
   }
 }

@@ -35,6 +35,7 @@
 
 #include "frame_pool.hpp"
 #include "pie/types.hpp"
+#include "tables.hpp"
 
 namespace pie {
 
@@ -58,21 +59,21 @@ struct Block {
 // The blocks of one layer of one branch; indices count from the branch's first block.
 struct LayerBlocks {
   std::vector<Block> blocks;
-  std::vector<const std::byte*> frames;  // by block, where on the device it lies; a pooled one:
-                                         // where in the ring it was last
-  std::uint32_t present = 0;             // blocks readable on the device
-  std::uint32_t pooled = 0;              // blocks only in the pool
-  std::uint32_t gone = 0;                // blocks [0, gone) are empty: no row sees them any more
+  std::uint32_t present = 0;   // blocks readable on the device
+  std::uint32_t pooled = 0;    // blocks only in the pool
+  std::uint32_t gone = 0;      // blocks [0, gone) are empty: no row sees them any more
   std::uint32_t streamed = 0;  // blocks [0, streamed) are not kept on the device: the plan in force
   std::uint32_t written = 0;   // where the search for full blocks without a pool copy starts
   FrameRun extent;             // pool frames set aside for this layer's next blocks
 };
 
+struct Sequence;
+
 struct Branch {
   std::uint64_t id = 0;
   std::uint32_t first = 0;  // its first block, counted from the start of its sequences
   std::uint32_t full = 0;   // how many of its blocks, from the first on, are full and committed
-  std::uint32_t users = 0;  // sequences whose path it is on
+  std::vector<Sequence*> users;  // whose path it is on
   std::vector<LayerBlocks> layers;
   std::uint32_t in_flight = 0;  // transfers under way
   std::string error;            // first failure not yet told to the caller
@@ -91,6 +92,7 @@ struct Branch {
 
 struct Sequence {
   SequenceId id = 0;
+  std::uint32_t row = 0;      // of the tables
   std::uint32_t tokens = 0;   // committed length
   std::vector<Branch*> path;  // its blocks, in order and without a gap
   std::uint32_t gain = 0;     // tokens that the step that runs adds
@@ -108,9 +110,7 @@ class BlockMap {
   using Sequences = std::map<SequenceId, Sequence>;
   using Branches = std::map<std::uint64_t, Branch>;
 
-  // Device frame i lies at `arena` + i * `stride`.
-  BlockMap(Geometry geometry, std::uint32_t device_frames, std::uint32_t pool_frames,
-           const std::byte* arena, Bytes stride);
+  BlockMap(Geometry geometry, std::uint32_t device_frames, std::uint32_t pool_frames);
 
   Sequence& add();
   Sequence& fork(const Sequence& sequence);
@@ -127,8 +127,8 @@ class BlockMap {
   void remove(Branch& branch);  // has neither
 
   // The last branch of the path comes off it, or a branch comes on.
-  static void leave(Sequence& sequence);
-  static void join(Sequence& sequence, Branch& branch);
+  void leave(Sequence& sequence);
+  void join(Sequence& sequence, Branch& branch);
 
   // Blocks [0, at) of a branch at rest become one of their own, which its sequences pass first.
   Branch& split(Branch& branch, std::uint32_t at);
@@ -146,9 +146,13 @@ class BlockMap {
   }
 
   // Where a pooled block is while it is read.
-  void show(const BlockKey& key, FrameIndex device) const {
-    key.branch->layers[key.layer].frames[key.block] = arena_ + device * stride_;
+  void show(const BlockKey& key, FrameIndex device) {
+    list(key, static_cast<std::int32_t>(device));
   }
+
+  // Where each block of each sequence lies; of a pooled one, where it was shown last.
+  [[nodiscard]] const BlockTables& tables() const { return tables_; }
+  void reserve_blocks(std::uint32_t blocks) { tables_.reserve_blocks(blocks); }
 
   // One empty block more at the end of a layer, or the last block, at rest, dropped and gone.
   static void lengthen(LayerBlocks& layer);
@@ -192,18 +196,18 @@ class BlockMap {
   void leave_device(const BlockKey& key);
   void leave_pool(Block& block);
   void rename(Branch& branch, std::uint32_t layer);
+  void list(const BlockKey& key, std::int32_t device);
   void check_layer(Branch& branch, std::uint32_t layer, std::vector<bool>& pool_seen) const;
   void check_block(const BlockKey& key, std::vector<bool>& pool_seen) const;
   void check_paths() const;
   void check_frames() const;
 
   Geometry geometry_;
-  const std::byte* arena_;
-  Bytes stride_;
   FramePool device_;
   FramePool pool_;
   Sequences sequences_;
   Branches branches_;
+  BlockTables tables_;
   std::uint64_t next_id_ = 1;
   std::uint64_t next_branch_ = 1;
   std::vector<BlockKey> owners_;  // by device frame

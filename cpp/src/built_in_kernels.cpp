@@ -18,10 +18,11 @@ MutableRows rows_from(const MutableRows& rows, std::uint32_t row, DType dtype) {
   return {static_cast<std::byte*>(rows.data) + bytes, rows.row_stride, rows.head_stride};
 }
 
-void append(const AttentionShape& shape, const LayerInputs& inputs, std::byte* frame,
-            std::uint32_t token, std::uint32_t rows, std::uint32_t row) {
-  frame_append(shape, frame, token, rows, rows_from(inputs.k, row, shape.dtype),
-               rows_from(inputs.v, row, shape.dtype));
+void append_to(const AttentionShape& shape, const LayerInputs& inputs, const Append& rows) {
+  rows.each_run([&](std::byte* frame, std::uint32_t token, std::uint32_t count, std::uint32_t row) {
+    frame_append(shape, frame, token, count, rows_from(inputs.k, row, shape.dtype),
+                 rows_from(inputs.v, row, shape.dtype));
+  });
 }
 
 }  // namespace
@@ -39,10 +40,7 @@ AttendKernel::AttendKernel(const AttentionShape& shape, const LayerInputs& input
       state_(state),
       rows_per_wave_(rows_per_wave) {}
 
-void AttendKernel::store(std::byte* frame, std::uint32_t token, std::uint32_t rows,
-                         std::uint32_t row) {
-  append(shape_, inputs_, frame, token, rows, row);
-}
+void AttendKernel::append(const Append& rows) { append_to(shape_, inputs_, rows); }
 
 float* AttendKernel::state_of(const KvPiece& piece) const {
   return state_ + piece.first_row % rows_per_wave_ * attention_state_floats(shape_);
@@ -74,16 +72,12 @@ GatherKernel::GatherKernel(const AttentionShape& shape, const LayerInputs& input
       gathered_(gathered),
       row_bytes_(shape.head_dim * dtype_bytes(shape.dtype)) {}
 
-void GatherKernel::store(std::byte* frame, std::uint32_t token, std::uint32_t rows,
-                         std::uint32_t row) {
-  append(shape_, inputs_, frame, token, rows, row);
-}
+void GatherKernel::append(const Append& rows) { append_to(shape_, inputs_, rows); }
 
 void GatherKernel::attend(std::uint32_t /*layer*/, std::span<const KvPiece> pieces) {
   for (const KvPiece& piece : pieces) {
-    const std::byte* const* frame = piece.frames;
     for (std::uint32_t t = piece.kv_begin; t < piece.kv_end; t += shape_.block_tokens) {
-      copy_block(piece, t, *frame++);
+      copy_block(piece, t, piece.frames[(t - piece.kv_begin) / shape_.block_tokens]);
     }
     if (piece.first) zero(piece, 0, piece.kv_begin);
     if (piece.last) zero(piece, piece.kv_end, gathered_.longest);
@@ -118,22 +112,6 @@ void GatherKernel::zero(const KvPiece& piece, std::uint32_t begin, std::uint32_t
 
 // ---- a table of frames --------------------------------------------------------------------------
 
-void PagesKernel::store(std::byte* frame, std::uint32_t token, std::uint32_t rows,
-                        std::uint32_t row) {
-  append(shape_, inputs_, frame, token, rows, row);
-}
-
-void PagesKernel::attend(std::uint32_t /*layer*/, std::span<const KvPiece> pieces) {
-  for (const KvPiece& piece : pieces) {
-    const std::uint32_t first = piece.kv_begin / shape_.block_tokens;
-    const std::uint32_t blocks =
-        (piece.kv_end - piece.kv_begin + shape_.block_tokens - 1) / shape_.block_tokens;
-    std::int32_t* entries = table_.entries + piece.entry * table_.columns + first;
-    for (std::uint32_t i = 0; i < blocks; ++i) {
-      const auto offset = static_cast<Bytes>(piece.frames[i] - table_.arena);
-      entries[i] = static_cast<std::int32_t>(offset / table_.stride);
-    }
-  }
-}
+void PagesKernel::append(const Append& rows) { append_to(shape_, inputs_, rows); }
 
 }  // namespace pie

@@ -19,7 +19,7 @@ class AttendKernel final : public LayerKernel {
   AttendKernel(const AttentionShape& shape, const LayerInputs& inputs, const Rows& q,
                const MutableRows& out, float* lse, float* state, std::uint32_t rows_per_wave);
 
-  void store(std::byte* frame, std::uint32_t token, std::uint32_t rows, std::uint32_t row) override;
+  void append(const Append& rows) override;
   void attend(std::uint32_t layer, std::span<const KvPiece> pieces) override;
 
  private:
@@ -40,7 +40,7 @@ class GatherKernel final : public LayerKernel {
  public:
   GatherKernel(const AttentionShape& shape, const LayerInputs& inputs, const Gathered& gathered);
 
-  void store(std::byte* frame, std::uint32_t token, std::uint32_t rows, std::uint32_t row) override;
+  void append(const Append& rows) override;
   void attend(std::uint32_t layer, std::span<const KvPiece> pieces) override;
 
  private:
@@ -55,27 +55,18 @@ class GatherKernel final : public LayerKernel {
   Bytes row_bytes_;
 };
 
-// Where a table of frames is written to: `[batch, columns]`, by block.
-struct PageTable {
-  const std::byte* arena = nullptr;
-  Bytes stride = 0;
-  std::int32_t* entries = nullptr;
-  std::size_t columns = 0;
-};
-
-// Notes which device frame each block lies in.
+// Appends, and leaves the reading to the caller, who has the tables.
 class PagesKernel final : public LayerKernel {
  public:
-  PagesKernel(const AttentionShape& shape, const LayerInputs& inputs, const PageTable& table)
-      : shape_(shape), inputs_(inputs), table_(table) {}
+  PagesKernel(const AttentionShape& shape, const LayerInputs& inputs)
+      : shape_(shape), inputs_(inputs) {}
 
-  void store(std::byte* frame, std::uint32_t token, std::uint32_t rows, std::uint32_t row) override;
-  void attend(std::uint32_t layer, std::span<const KvPiece> pieces) override;
+  void append(const Append& rows) override;
+  void attend(std::uint32_t /*layer*/, std::span<const KvPiece> /*pieces*/) override {}
 
  private:
   AttentionShape shape_;
   LayerInputs inputs_;
-  PageTable table_;
 };
 
 }  // namespace pie

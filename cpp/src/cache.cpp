@@ -118,6 +118,7 @@ class Cache::Impl {
   void abort() noexcept;
   void truncate(SequenceId id, std::uint32_t tokens);
   void resize(Bytes device_bytes, Bytes pool_bytes);
+  [[nodiscard]] StepTables tables() const;
   [[nodiscard]] OpenStep open_step() const {
     return in_step_ ? OpenStep{total_rows_, next_layer_} : OpenStep{};
   }
@@ -150,6 +151,7 @@ class Cache::Impl {
     return backend_->address(scheduler_.map().device().limit());
   }
   [[nodiscard]] std::uint32_t longest() const;
+  void list_batch();
   void note_peaks();
 
   bool in_step_ = false;
@@ -161,8 +163,11 @@ class Cache::Impl {
   std::uint32_t next_layer_ = 0;
   std::uint32_t query_heads_;  // of the last attend: staging is sized for it
   std::uint32_t rows_per_wave_ = 0;
-  std::vector<std::int32_t> table_;  // what `pages` returned
-  std::vector<float> scratch_;       // of attention state, where the arena is too small for it
+  std::vector<std::int32_t> table_;       // what `pages` returned
+  std::vector<std::int32_t> table_rows_;  // see StepTables, as the next two
+  std::vector<std::int32_t> seq_lens_;
+  std::vector<std::int32_t> cu_seqlens_;
+  std::vector<float> scratch_;  // of attention state, where the arena is too small for it
 
   bool decode_ = false;  // the step gives every sequence one token
   bool after_decode_ = false;
@@ -219,6 +224,7 @@ void Cache::Impl::start() {
   in_step_ = true;
   next_layer_ = 0;
   scheduler_.set_visits(plan_visits(rows_per_wave_));
+  list_batch();
   decode_ = std::all_of(batch_.begin(), batch_.end(),
                         [](const Growth& growth) { return growth.new_tokens == 1; });
   if (decode_ && after_decode_) counters_.decode_ns += began_ns_ - ended_ns_;
@@ -271,6 +277,25 @@ std::uint32_t Cache::Impl::longest() const {
     tokens = std::max(tokens, growth.sequence->tokens + growth.new_tokens);
   }
   return tokens;
+}
+
+void Cache::Impl::list_batch() {
+  table_rows_.clear();
+  seq_lens_.clear();
+  cu_seqlens_.assign(1, 0);
+  for (const Growth& growth : batch_) {
+    const Sequence& member = *growth.sequence;
+    table_rows_.push_back(static_cast<std::int32_t>(member.row));
+    seq_lens_.push_back(static_cast<std::int32_t>(member.tokens + growth.new_tokens));
+    cu_seqlens_.push_back(cu_seqlens_.back() + static_cast<std::int32_t>(growth.new_tokens));
+  }
+}
+
+StepTables Cache::Impl::tables() const {
+  require(in_step_, "tables: no step is running; begin one first.");
+  const BlockTables& tables = scheduler_.map().tables();
+  return {tables.data(), geometry_.layers,   tables.rows(), tables.blocks(),
+          table_rows_,   scheduler_.slots(), seq_lens_,     cu_seqlens_};
 }
 
 // Frames at the top of the arena for contiguous K and V, or for the state of one wave's rows; 0
@@ -374,10 +399,17 @@ FrameTable Cache::Impl::pages(std::uint32_t layer, const LayerInputs& inputs) {
   take_turn(layer, Reader::pages, "pages");
   const std::uint32_t size = geometry_.block_tokens;
   const std::size_t columns = (longest() + size - 1) / size;
-  table_.assign(batch_.size() * columns, -1);
-  PagesKernel kernel(shape(geometry_.kv_heads), inputs,
-                     {backend_->address(0), capabilities_.frame_stride, table_.data(), columns});
+  PagesKernel kernel(shape(geometry_.kv_heads), inputs);
   run_layer(layer, kernel);
+  table_.assign(batch_.size() * columns, no_table_frame);
+  for (std::size_t i = 0; i < batch_.size(); ++i) {
+    const Sequence& member = *batch_[i].sequence;
+    const std::uint32_t first = Geometry::first_seen(member.tokens, geometry_.window(layer)) / size;
+    const std::uint32_t end = (member.tokens + batch_[i].new_tokens + size - 1) / size;
+    const std::int32_t* row = scheduler_.map().tables().row(layer, member.row);
+    std::copy(row + first, row + end,
+              table_.begin() + static_cast<std::ptrdiff_t>(i * columns + first));
+  }
   return {static_cast<std::uint32_t>(batch_.size()), table_};
 }
 
@@ -671,6 +703,8 @@ void Cache::abort() noexcept {
     return;  // closed, a child's, or somebody is inside: then the next call pays
   }
 }
+
+StepTables Cache::tables() const { return Turn(*this, ask)->tables(); }
 
 OpenStep Cache::open_step() const { return Turn(*this, ask)->open_step(); }
 

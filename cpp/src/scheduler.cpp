@@ -17,8 +17,7 @@ Scheduler::Scheduler(Backend& backend, const Geometry& geometry, std::unique_ptr
       geometry_(geometry),
       capabilities_(backend.capabilities()),
       policy_(std::move(policy)),
-      map_(geometry, capabilities_.device_frames, capabilities_.pool_frames, backend.address(0),
-           capabilities_.frame_stride),
+      map_(geometry, capabilities_.device_frames, capabilities_.pool_frames),
       transfers_(backend, map_),
       ring_(transfers_, capabilities_.streams) {
   const Bytes best = std::max(capabilities_.copy_bytes_best, capabilities_.frame_stride);
@@ -75,13 +74,14 @@ void Scheduler::open_batch(std::span<const Growth> batch) {
     const std::uint32_t size = geometry_.block_tokens;
     const bool partial = sequence.tokens % size != 0;
     Branch* last = sequence.path.empty() ? nullptr : sequence.path.back();
-    const std::uint32_t users = last == nullptr ? 0 : last->users - leaving[last];
+    const std::uint32_t users =
+        last == nullptr ? 0 : static_cast<std::uint32_t>(last->users.size()) - leaving[last];
     if (users == 1) {
       growth.branch = last;
       last->full = sequence.tokens / size - last->first;
     } else if (!partial) {
       growth.branch = &map_.grow(sequence.tokens / size);
-      BlockMap::join(sequence, *growth.branch);
+      map_.join(sequence, *growth.branch);
     } else {
       if (last->blocks() > 1) split(*last, last->blocks() - 1);
       ++leaving[last];
@@ -90,6 +90,7 @@ void Scheduler::open_batch(std::span<const Growth> batch) {
     }
     sequence.gain = growth.new_tokens;
     const std::uint32_t after = sequence.tokens + growth.new_tokens;
+    map_.reserve_blocks(blocks_of(after));
     growth.branch->grows_to = after;
     const bool fills = partial && after / size > sequence.tokens / size;
     growth.branch->held = fills ? sequence.tokens / size - growth.branch->first : no_frame;
@@ -105,7 +106,7 @@ void Scheduler::close_batch() {
     if (growth.branch == nullptr) continue;  // opening the batch went no further
     growth.branch->grows_to = 0;
     growth.branch->held = no_frame;
-    if (growth.branch->users > 0) continue;
+    if (!growth.branch->users.empty()) continue;
     cut(*growth.branch, 0);
     map_.remove(*growth.branch);
   }
@@ -334,8 +335,8 @@ void Scheduler::copy_tail(Growth& growth) {
     copy_block({&shared, layer, 0}, {growth.branch, layer, 0});
   }
   growth.shared = nullptr;
-  BlockMap::leave(*growth.sequence);
-  BlockMap::join(*growth.sequence, *growth.branch);
+  map_.leave(*growth.sequence);
+  map_.join(*growth.sequence, *growth.branch);
 }
 
 void Scheduler::copy_block(const BlockKey& from, const BlockKey& to) {
@@ -388,7 +389,9 @@ void Scheduler::set_visits(std::vector<Visit> visits) {
   progress_.resize(visits_.size());
   layer_ = 0;
   wave_ = 0;
-  appended_ = 0;
+  appended_ = false;
+  rows_ = visits_.back().first_row + visits_.back().rows;
+  slots_.resize(std::size_t{geometry_.layers} * rows_);
   plan_readings();
   reconcile();
   pump();
@@ -419,7 +422,8 @@ void Scheduler::run_layer(std::uint32_t layer, LayerKernel& kernel) {
   end_layer();
   layer_ = layer;
   wave_ = 0;
-  appended_ = 0;
+  stored_ = 0;
+  slotted_ = 0;
   ready_ = false;
   running_ = true;
   for (std::size_t i = 0; i < visits_.size(); ++i) {
@@ -429,10 +433,15 @@ void Scheduler::run_layer(std::uint32_t layer, LayerKernel& kernel) {
   land();
   raise_errors();
   cursor_ = std::max(cursor_, {layer_, 0, 0});
+  appended_ = false;
   pump();
   for (std::size_t i = 0; i < readings_.size(); ++i) {
-    if (readings_[i].wave != wave_) flush(kernel);
+    if (readings_[i].wave != wave_) {
+      flush(kernel);
+      appended_ = false;
+    }
     wave_ = readings_[i].wave;
+    if (!appended_) append_wave(kernel);
     read_branch(i, kernel);
   }
   flush(kernel);
@@ -448,9 +457,7 @@ void Scheduler::end_layer() {
 
 void Scheduler::read_branch(std::size_t index, LayerKernel& kernel) {
   const Reading& reading = readings_[index];
-  Branch& branch = *reading.branch;
-  if (branch.grows_to > 0) append(visits_[reading.visits.front()], kernel);
-  appended_ = index + 1;
+  const Branch& branch = *reading.branch;
   cursor_ = std::max(cursor_, {layer_, index, 0});
   const LayerBlocks& layer = branch.layers[layer_];
   const std::uint32_t seen = first_block(reading.position, geometry_.window(layer_));
@@ -465,41 +472,68 @@ void Scheduler::read_branch(std::size_t index, LayerKernel& kernel) {
   }
 }
 
+// Finds slots for the new tokens of a wave, and has the kernel fill them: in one call, unless the
+// device has no room for so many.
+void Scheduler::append_wave(LayerKernel& kernel) {
+  bool several = false;
+  for (const Visit& visit : visits_) {
+    if (visit.wave != wave_) continue;
+    append(visit, kernel);
+    several = several || visit.sequence->gain > 1;
+  }
+  store(kernel);
+  appended_ = true;
+  if (several) pump();
+}
+
 void Scheduler::append(const Visit& visit, LayerKernel& kernel) {
   Branch& branch = *visit.sequence->path.back();
   LayerBlocks& layer = branch.layers[layer_];
   const std::uint32_t size = geometry_.block_tokens;
-  const std::uint32_t begun = blocks_of(visit.sequence->tokens) - branch.first;
-  const auto there = branch.first + static_cast<std::uint32_t>(layer.blocks.size());
-  // Making room may discard blocks that are collected but not yet read: read them first.
-  if (blocks_of(visit.kv_end()) - there > map_.device().free() && !shape_.whole_layers) {
-    flush(kernel);
-  }
+  std::int64_t* slots = slots_.data() + std::size_t{layer_} * rows_ + visit.first_row;
   for (std::uint32_t token = visit.position; token < visit.kv_end();) {
     const std::uint32_t index = token / size - branch.first;
-    const std::uint32_t rows = std::min(size - token % size, visit.kv_end() - token);
     if (index == layer.blocks.size()) {
+      if (map_.device().free() == 0) store(kernel);
       const FrameIndex frame = take_frame();
       BlockMap::lengthen(layer);
       map_.place({&branch, layer_, index}, frame);
     }
-    transfers_.before_write(layer.blocks[index].device);
-    kernel.store(backend_.address(layer.blocks[index].device), token % size, rows,
-                 visit.first_row + token - visit.position);
-    token += rows;
-    const bool pause = (index + 1) % copy_frames_ == 0 || map_.device().free() == 0;
-    if (pause || token == visit.kv_end()) {
-      write_begun(branch, begun, token / size - branch.first);
-    }
+    const FrameIndex frame = layer.blocks[index].device;
+    transfers_.before_write(frame);
+    const std::uint32_t end = std::min(token - token % size + size, visit.kv_end());
+    for (; token < end; ++token) *slots++ = std::int64_t{frame} * size + token % size;
+    slotted_ = visit.first_row + token - visit.position;
+  }
+}
+
+// Has the kernel fill the slots that were found since the last call, and writes what is full and
+// streamed.
+void Scheduler::store(LayerKernel& kernel) {
+  if (stored_ == slotted_) return;
+  const std::int64_t* slots = slots_.data() + std::size_t{layer_} * rows_ + stored_;
+  kernel.append({layer_,
+                 stored_,
+                 {slots, slotted_ - stored_},
+                 geometry_.block_tokens,
+                 backend_.address(0),
+                 capabilities_.frame_stride});
+  stored_ = slotted_;
+  for (const Visit& visit : visits_) {
+    if (visit.wave != wave_ || visit.sequence->gain == 1 || visit.first_row >= stored_) continue;
+    const std::uint32_t rows = std::min(visit.rows, stored_ - visit.first_row);
+    write_begun(visit, (visit.position + rows) / geometry_.block_tokens);
   }
 }
 
 // A long step may append more than the device holds: of the blocks that the step itself has begun
 // and filled, those that the plan streams are written at once. They do not count until finish, so
 // an abort just drops them. The block that was partial before the step stays as it is.
-void Scheduler::write_begun(Branch& branch, std::uint32_t begun, std::uint32_t full) {
+void Scheduler::write_begun(const Visit& visit, std::uint32_t full) {
+  Branch& branch = *visit.sequence->path.back();
   LayerBlocks& blocks = branch.layers[layer_];
-  const std::uint32_t limit = std::min(full, blocks.streamed);
+  const std::uint32_t begun = blocks_of(visit.sequence->tokens) - branch.first;
+  const std::uint32_t limit = std::min(full - branch.first, blocks.streamed);
   if (limit <= begun) return;
   blocks.written = std::max(blocks.written, begun);
   write_full(branch, layer_, limit);
@@ -576,19 +610,10 @@ void Scheduler::collect(const Reading& reading, std::uint32_t begin, std::uint32
 void Scheduler::flush(LayerKernel& kernel) {
   if (!std::exchange(ready_, false)) return;
   pieces_.clear();
-  joined_.clear();
   for (std::size_t i = 0; i < visits_.size(); ++i) {
-    if (progress_[i].ready > progress_[i].read) pieces_.push_back(piece_of(i));
-  }
-  // Listed in a second pass, since the list moves while it grows.
-  std::size_t blocks = 0;
-  for (const KvPiece& piece : pieces_)
-    blocks += blocks_of(piece.kv_end) - piece.kv_begin / geometry_.block_tokens;
-  joined_.reserve(blocks);
-  for (std::size_t i = 0, next = 0; i < visits_.size(); ++i) {
     Progress& progress = progress_[i];
     if (progress.ready == progress.read) continue;
-    pieces_[next++].frames = frames_of(*visits_[i].sequence, progress.read, progress.ready);
+    pieces_.push_back(piece_of(i));
     progress.read = progress.ready;
   }
   kernel.attend(layer_, pieces_);
@@ -597,7 +622,7 @@ void Scheduler::flush(LayerKernel& kernel) {
   pump();
 }
 
-// What is ready of a visit and not yet read, its frames not yet listed.
+// What is ready of a visit and not yet read.
 KvPiece Scheduler::piece_of(std::size_t index) const {
   const Visit& visit = visits_[index];
   const Progress& progress = progress_[index];
@@ -611,23 +636,9 @@ KvPiece Scheduler::piece_of(std::size_t index) const {
   piece.kv_end = std::min(progress.ready * geometry_.block_tokens, visit.kv_end());
   piece.first = progress.read == progress.begin;
   piece.last = piece.kv_end == visit.kv_end();
+  piece.frames = {backend_.address(0), capabilities_.frame_stride,
+                  map_.tables().row(layer_, visit.sequence->row) + progress.read};
   return piece;
-}
-
-// Frames of blocks [begin, end) in the layer that runs: where they are listed already, or joined
-// from several branches.
-const std::byte* const* Scheduler::frames_of(const Sequence& sequence, std::uint32_t begin,
-                                             std::uint32_t end) {
-  auto at = sequence.path.end() - 1;
-  while ((*at)->first > begin) --at;
-  if ((*at)->end() >= end) return (*at)->layers[layer_].frames.data() + (begin - (*at)->first);
-  const std::size_t start = joined_.size();
-  for (std::uint32_t b = begin; b < end; b = (*at++)->end()) {
-    const auto& frames = (*at)->layers[layer_].frames;
-    joined_.insert(joined_.end(), frames.begin() + (b - (*at)->first),
-                   frames.begin() + (std::min(end, (*at)->end()) - (*at)->first));
-  }
-  return joined_.data() + start;
 }
 
 // ---- ahead of the layers ------------------------------------------------------------------------
@@ -635,8 +646,7 @@ const std::byte* const* Scheduler::frames_of(const Sequence& sequence, std::uint
 // Whether the reading at the cursor has yet to append blocks that the plan streams: where the layer
 // does not fit, they will be in the pool when it reads them.
 bool Scheduler::is_to_grow() const {
-  const bool done =
-      cursor_.layer < layer_ || (cursor_.layer == layer_ && cursor_.reading < appended_);
+  const bool done = cursor_.layer < layer_ || (cursor_.layer == layer_ && appended_);
   if (shape_.whole_layers || cursor_.layer >= geometry_.layers || done) return false;
   const Branch& branch = *readings_[cursor_.reading].branch;
   const LayerBlocks& layer = branch.layers[cursor_.layer];
@@ -803,7 +813,7 @@ void Scheduler::abort() {
   stop_prefetch();
   for (const Growth& growth : batch_) {
     const std::uint32_t blocks = blocks_of(growth.sequence->tokens);
-    if (growth.branch != nullptr && growth.branch->users > 0)
+    if (growth.branch != nullptr && !growth.branch->users.empty())
       cut(*growth.branch, blocks - growth.branch->first);
   }
   close_batch();

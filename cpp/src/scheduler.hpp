@@ -64,6 +64,9 @@ class Scheduler {
   [[nodiscard]] const Plan& plan() const { return plan_; }
   [[nodiscard]] Nanos stall_ns() const { return stall_ns_; }
 
+  // `[layers, rows]`: which slot each row of the step goes to, of layers that have run.
+  [[nodiscard]] std::span<const std::int64_t> slots() const { return slots_; }
+
   // Frames of the device that hold something: blocks, what passes through the ring, staging.
   [[nodiscard]] std::uint32_t frames_in_use() const {
     return map_.device().used() + ring_.frames_in_use() + staging_frames();
@@ -180,8 +183,10 @@ class Scheduler {
   void plan_readings();
   void read_layer(LayerKernel& kernel);
   void read_branch(std::size_t index, LayerKernel& kernel);
+  void append_wave(LayerKernel& kernel);
   void append(const Visit& visit, LayerKernel& kernel);
-  void write_begun(Branch& branch, std::uint32_t begun, std::uint32_t full);
+  void store(LayerKernel& kernel);
+  void write_begun(const Visit& visit, std::uint32_t full);
   [[nodiscard]] std::uint32_t fetch(std::size_t reading, std::uint32_t block, LayerKernel& kernel);
   [[nodiscard]] std::uint32_t take(const Load* load, const BlockKey& key);
   void ask_now(std::size_t reading, const BlockKey& key, LayerKernel& kernel);
@@ -189,8 +194,6 @@ class Scheduler {
   void collect(const Reading& reading, std::uint32_t begin, std::uint32_t end);
   void flush(LayerKernel& kernel);
   [[nodiscard]] KvPiece piece_of(std::size_t visit) const;
-  [[nodiscard]] const std::byte* const* frames_of(const Sequence& sequence, std::uint32_t begin,
-                                                  std::uint32_t end);
   void end_layer();
 
   [[nodiscard]] bool seek_pooled();
@@ -256,21 +259,23 @@ class Scheduler {
   StepShape shape_;
   std::vector<Growth> batch_;
   std::vector<Visit> visits_;
-  std::vector<Reading> readings_;   // wave by wave, in reading order
-  std::vector<Progress> progress_;  // of the visits
-  std::vector<Stretch> written_;    // of the layer that runs: streamed, clean, and still there
-  std::vector<KvPiece> pieces_;     // empty between calls; kept for their memory, as is
-  std::vector<const std::byte*>
-      joined_;                     // where the frames of pieces that pass branches are listed
-  Cursor cursor_;                  // of what is to be asked for next
-  bool ahead_ = false;             // loads beyond the cursor may be in the ring
-  bool ready_ = false;             // some visit has blocks that the kernel was not given yet
-  bool running_ = false;           // blocks of `layer_` are in use
-  std::uint32_t layer_ = 0;        // that runs
-  std::uint32_t wave_ = 0;         // that runs in it
-  std::size_t appended_ = 0;       // readings of it that have their new tokens
-  std::uint32_t copy_frames_ = 1;  // the most frames one ticket moves
-  std::uint32_t pool_frames_ = 0;  // the most that the pool may come to hold
+  std::vector<Reading> readings_;    // wave by wave, in reading order
+  std::vector<Progress> progress_;   // of the visits
+  std::vector<Stretch> written_;     // of the layer that runs: streamed, clean, and still there
+  std::vector<KvPiece> pieces_;      // empty between calls; kept for their memory, as is
+  Cursor cursor_;                    // of what is to be asked for next
+  bool ahead_ = false;               // loads beyond the cursor may be in the ring
+  bool ready_ = false;               // some visit has blocks that the kernel was not given yet
+  bool running_ = false;             // blocks of `layer_` are in use
+  std::uint32_t layer_ = 0;          // that runs
+  std::uint32_t wave_ = 0;           // that runs in it
+  bool appended_ = false;            // whether the wave that runs has its new tokens
+  std::uint32_t stored_ = 0;         // rows of the layer that the kernel has stored
+  std::uint32_t slotted_ = 0;        // rows of it that have slots
+  std::uint32_t rows_ = 0;           // of the step
+  std::vector<std::int64_t> slots_;  // `[layers, rows]`
+  std::uint32_t copy_frames_ = 1;    // the most frames one ticket moves
+  std::uint32_t pool_frames_ = 0;    // the most that the pool may come to hold
   Nanos stall_ns_ = 0;
 };
 

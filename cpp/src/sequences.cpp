@@ -44,7 +44,7 @@ void Scheduler::truncate(Sequence& sequence, std::uint32_t tokens) {
   while (!sequence.path.empty() && sequence.path.back()->first >= keep) leave(sequence);
   if (!sequence.path.empty() && sequence.path.back()->end() > keep) {
     Branch& last = *sequence.path.back();
-    if (last.users == 1) {
+    if (last.users.size() == 1) {
       cut(last, keep - last.first);
     } else {
       split(last, keep - last.first);
@@ -79,8 +79,8 @@ void Scheduler::refuse_unseen(const Sequence& sequence, std::uint32_t tokens) co
 // The last branch comes off the sequence's path, and goes where nobody else is on it.
 void Scheduler::leave(Sequence& sequence) {
   Branch& branch = *sequence.path.back();
-  BlockMap::leave(sequence);
-  if (branch.users > 0) return;
+  map_.leave(sequence);
+  if (!branch.users.empty()) return;
   cut(branch, 0);
   static_cast<void>(transfers_.take_error(branch));
   map_.remove(branch);
@@ -123,7 +123,7 @@ void Scheduler::join_up(std::uint64_t id) {
 }
 
 void Scheduler::merge(Branch& front, Branch& back) {
-  if (front.users != back.users || front.full < front.blocks()) return;
+  if (front.users.size() != back.users.size() || front.full < front.blocks()) return;
   if (capabilities_.streams) land();
   if (front.in_flight > 0 || back.in_flight > 0 || !back.error.empty()) return;
   ring_.guard_pool(back);

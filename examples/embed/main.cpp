@@ -86,8 +86,19 @@ class PlainAttention final : public pie::LayerKernel {
       : q_(q), k_(k), v_(v), out_(out), sum_(q.size() / head_dim), max_(sum_.size(), -HUGE_VALF) {}
 
   // A frame holds K, then V, each `[kv_heads, block_tokens, head_dim]`.
-  void store(std::byte* frame, std::uint32_t token, std::uint32_t rows,
-             std::uint32_t row) override {
+  void append(const pie::Append& rows) override {
+    rows.each_run([&](std::byte* frame, std::uint32_t token, std::uint32_t count,
+                      std::uint32_t row) { store(frame, token, count, row); });
+  }
+
+  void attend(std::uint32_t /*layer*/, std::span<const pie::KvPiece> pieces) override {
+    for (const pie::KvPiece& piece : pieces) {
+      for (std::uint32_t line = 0; line < piece.rows * query_heads; ++line) fold(piece, line);
+    }
+  }
+
+ private:
+  void store(std::byte* frame, std::uint32_t token, std::uint32_t rows, std::uint32_t row) const {
     auto* to = reinterpret_cast<float*>(frame);
     for (const Matrix* from : {&k_, &v_}) {
       for (std::uint32_t head = 0; head < kv_heads; ++head, to += block_tokens * head_dim) {
@@ -99,13 +110,6 @@ class PlainAttention final : public pie::LayerKernel {
     }
   }
 
-  void attend(std::uint32_t /*layer*/, std::span<const pie::KvPiece> pieces) override {
-    for (const pie::KvPiece& piece : pieces) {
-      for (std::uint32_t line = 0; line < piece.rows * query_heads; ++line) fold(piece, line);
-    }
-  }
-
- private:
   void fold(const pie::KvPiece& piece, std::uint32_t line) {
     const std::uint32_t row = line / query_heads;
     const std::uint32_t kv_head = line % query_heads / (query_heads / kv_heads);

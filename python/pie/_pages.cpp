@@ -30,8 +30,8 @@ constexpr std::uint32_t rows_per_wave = 512;
 struct Member {
   std::uint32_t first_row = 0;
   std::uint32_t rows = 0;
-  std::uint32_t position = 0;  // of its first row
-  std::vector<std::byte*> frames;
+  std::uint32_t position = 0;           // of its first row
+  const std::int32_t* table = nullptr;  // its row
 
   [[nodiscard]] std::uint32_t end() const { return position + rows; }
 };
@@ -59,21 +59,19 @@ pie::AttentionShape shape_of(const Array& frames, std::size_t query_heads) {
   return shape;
 }
 
-// Starts of the frames of blocks [first, last) of a row of the table; null outside that.
-std::vector<std::byte*> frames_of(const Array& frames, const std::int32_t* table,
-                                  std::uint32_t first, std::uint32_t last, std::size_t sequence) {
-  const auto stride = frames.stride(0) * static_cast<std::int64_t>(frames.itemsize());
-  std::vector<std::byte*> starts(last, nullptr);
+pie::Bytes stride_of(const Array& frames) {
+  return static_cast<pie::Bytes>(frames.stride(0)) * frames.itemsize();
+}
+
+// Refuses a row of the table that names no frame for one of blocks [first, last).
+void check_row(const Array& frames, const std::int32_t* table, std::uint32_t first,
+               std::uint32_t last, std::size_t sequence) {
   for (std::uint32_t block = first; block < last; ++block) {
-    if (table[block] < 0 || static_cast<std::size_t>(table[block]) >= frames.shape(0)) {
-      throw pie::LogicError("The table names frame " + std::to_string(table[block]) +
-                            " for block " + std::to_string(block) + " of sequence " +
-                            std::to_string(sequence) + ", where there are " +
-                            std::to_string(frames.shape(0)) + " frames.");
-    }
-    starts[block] = static_cast<std::byte*>(frames.data()) + stride * table[block];
+    if (table[block] >= 0 && static_cast<std::size_t>(table[block]) < frames.shape(0)) continue;
+    throw pie::LogicError("The table names frame " + std::to_string(table[block]) + " for block " +
+                          std::to_string(block) + " of sequence " + std::to_string(sequence) +
+                          ", where there are " + std::to_string(frames.shape(0)) + " frames.");
   }
-  return starts;
 }
 
 // The batch, with the frames that its rows write (`window` 1) or see.
@@ -97,11 +95,11 @@ std::vector<Member> members(const Array& frames, const Array& table, const Array
                             " blocks of the table do not hold.");
     }
     if (size == 0) continue;
-    Member member{u32(start[i]), u32(size), u32(position[i]), {}};
-    const std::uint32_t seen = pie::Geometry::first_seen(member.position, window);
     const auto* row = static_cast<const std::int32_t*>(table.data()) + i * table.shape(1);
-    member.frames = frames_of(frames, row, seen / u32(block), u32((end + block - 1) / block), i);
-    all.push_back(std::move(member));
+    const Member member{u32(start[i]), u32(size), u32(position[i]), row};
+    const std::uint32_t seen = pie::Geometry::first_seen(member.position, window);
+    check_row(frames, row, seen / u32(block), u32((end + block - 1) / block), i);
+    all.push_back(member);
   }
   return all;
 }
@@ -110,12 +108,14 @@ void append(const Array& frames, const Array& table, const Array& starts, const 
             const Array& k, const Array& v) {
   const nb::gil_scoped_release unlocked;
   const pie::AttentionShape shape = shape_of(frames, frames.shape(2));
+  auto* memory = static_cast<std::byte*>(frames.data());
   for (const Member& member : members(frames, table, starts, positions, k.shape(0), 1)) {
     for (std::uint32_t at = member.position; at < member.end();) {
       const std::uint32_t token = at % shape.block_tokens;
       const std::uint32_t rows = std::min(shape.block_tokens - token, member.end() - at);
       const std::uint32_t row = member.first_row + (at - member.position);
-      pie::frame_append(shape, member.frames[at / shape.block_tokens], token, rows,
+      const auto frame = static_cast<pie::Bytes>(member.table[at / shape.block_tokens]);
+      pie::frame_append(shape, memory + frame * stride_of(frames), token, rows,
                         rows_of(k, row, shape.dtype), rows_of(v, row, shape.dtype));
       at += rows;
     }
@@ -124,7 +124,8 @@ void append(const Array& frames, const Array& table, const Array& starts, const 
 
 // Rows [row, row + rows) of one sequence, all in one piece.
 pie::AttentionWork work_of(const pie::AttentionShape& shape, const Member& member,
-                           std::uint32_t row, std::uint32_t rows, const Array& q, float* state) {
+                           const Array& frames, std::uint32_t row, std::uint32_t rows,
+                           const Array& q, float* state) {
   pie::AttentionWork work;
   work.q = rows_of(q, member.first_row + row, shape.dtype);
   work.rows = rows;
@@ -132,7 +133,8 @@ pie::AttentionWork work_of(const pie::AttentionShape& shape, const Member& membe
   const std::uint32_t seen = pie::Geometry::first_seen(work.position, shape.window);
   work.kv_begin = seen / shape.block_tokens * shape.block_tokens;
   work.kv_end = work.position + rows;
-  work.frames = member.frames.data() + work.kv_begin / shape.block_tokens;
+  work.frames = {static_cast<const std::byte*>(frames.data()), stride_of(frames),
+                 member.table + work.kv_begin / shape.block_tokens};
   work.state = state;
   return work;
 }
@@ -176,7 +178,7 @@ void attend(const Array& frames, const Array& table, const Array& starts, const 
       const std::uint32_t rows = std::min(member.rows - row, most - held);
       float* at = state.data() + floats * held;
       pie::attention_reset(shape, at, rows);
-      work.push_back(work_of(shape, member, row, rows, q, at));
+      work.push_back(work_of(shape, member, frames, row, rows, q, at));
       first_rows.push_back(member.first_row + row);
       row += rows;
       held += rows;

@@ -113,6 +113,7 @@ class StampKernel final : public LayerKernel {
   }
   void begin_layer(std::uint32_t layer) {
     layer_ = layer;
+    stored_ = 0;
     read_.clear();
     for (const Entry& entry : *entries_) read_.push_back(entry.begin(geometry_.window(layer)));
   }
@@ -127,8 +128,15 @@ class StampKernel final : public LayerKernel {
   // What a stream found; empty where all was well.
   [[nodiscard]] const std::string& failure() const { return *failure_; }
 
-  void store(std::byte* frame, std::uint32_t token, std::uint32_t rows,
-             std::uint32_t row) override {
+  void append(const Append& rows) override {
+    expect(rows.layer == layer_, "rows are appended in another layer than the one that runs");
+    expect(rows.first_row == stored_, "rows are not appended in order");
+    stored_ += static_cast<std::uint32_t>(rows.slots.size());
+    rows.each_run([&](std::byte* frame, std::uint32_t token, std::uint32_t count,
+                      std::uint32_t row) { store(frame, token, count, row); });
+  }
+
+  void store(std::byte* frame, std::uint32_t token, std::uint32_t rows, std::uint32_t row) {
     const Entry& entry = entry_of(row);
     const std::uint32_t position = entry.position() + row - entry.first_row;
     expect(position % block_tokens == token && row + rows <= entry.first_row + entry.new_tokens,
@@ -214,6 +222,7 @@ class StampKernel final : public LayerKernel {
   ComputeStream stream_ = compute_stream;
   const std::vector<Entry>* entries_ = nullptr;
   std::uint32_t layer_ = 0;
+  std::uint32_t stored_ = 0;         // rows of the layer that runs
   std::vector<std::uint32_t> read_;  // by entry: tokens up to here were read in this layer
   std::shared_ptr<bool> aborted_;
   std::shared_ptr<std::string> failure_ = std::make_shared<std::string>();

@@ -151,22 +151,27 @@ class Frames {
     const std::uint32_t blocks = (sequence.tokens + shape.block_tokens - 1) / shape.block_tokens;
     const std::size_t bytes =
         2 * shape.kv_heads * shape.block_tokens * shape.head_dim * dtype_bytes(shape.dtype);
-    memory_.assign(blocks, Bits(bytes, std::byte{0xff}));
+    bytes_ = bytes;
+    memory_.assign(blocks * bytes, std::byte{0xff});
+    // In the reverse order, so that a table read wrongly shows.
+    for (std::uint32_t b = 0; b < blocks; ++b)
+      table_.push_back(static_cast<std::int32_t>(blocks - 1 - b));
     for (std::uint32_t t = 0, step = 1; t < sequence.tokens; t += step, ++step) {
       const std::uint32_t token = t % shape.block_tokens;
       step = std::min({step, shape.block_tokens - token, sequence.tokens - t});
-      frame_append(shape, memory_[t / shape.block_tokens].data(), token, step, sequence.k.rows(t),
+      const std::size_t frame = blocks - 1 - t / shape.block_tokens;
+      frame_append(shape, memory_.data() + frame * bytes, token, step, sequence.k.rows(t),
                    sequence.v.rows(t));
     }
-    for (const Bits& frame : memory_) pointers_.push_back(frame.data());
   }
-  [[nodiscard]] const std::byte* const* from(std::uint32_t block) const {
-    return pointers_.data() + block;
+  [[nodiscard]] BlockFrames from(std::uint32_t block) const {
+    return {memory_.data(), bytes_, table_.data() + block};
   }
 
  private:
-  std::vector<Bits> memory_;
-  std::vector<const std::byte*> pointers_;
+  Bits memory_;
+  Bytes bytes_ = 0;
+  std::vector<std::int32_t> table_;
 };
 
 // Random cuts of [0, end): ascending, ending with `end`.

@@ -112,6 +112,47 @@ TEST(Policy, StreamedBlocksAddUpAndAreEven) {
   }
 }
 
+// Four sequences that grow by a token a step: what blocks fill moves few boundaries, seldom, and
+// each the same way.
+TEST(Policy, BoundariesStayWhereTheyAre) {
+  constexpr std::uint32_t layers = 6;
+  std::vector<BranchView> branches(4, {layers, 40, 1, true});
+  std::uint32_t steps_that_moved = 0;
+  for (int step = 0; step < 64; ++step) {
+    branches[step % 4].full_blocks += step % 2 == 0 ? 1 : 0;
+    Snapshot snapshot = make_snapshot(layers, layers * 100, branches);
+    snapshot.growth_frames = layers / 2;
+    const Plan plan = make_policy("fit")->plan(snapshot);
+    ASSERT_LE(device_frames_needed(snapshot, plan), snapshot.device_frames);
+    std::uint32_t moved = 0;
+    for (std::size_t i = 0; i < branches.size(); ++i) {
+      if (step > 0) {
+        ASSERT_GE(plan.streamed_frames[i], branches[i].streamed_frames) << "step " << step;
+        moved += plan.streamed_frames[i] > branches[i].streamed_frames ? 1 : 0;
+      }
+      branches[i].streamed_frames = plan.streamed_frames[i];
+    }
+    steps_that_moved += moved > 0 ? 1 : 0;
+  }
+  EXPECT_LE(steps_that_moved, 24U) << "32 blocks filled in each layer";
+}
+
+// Layers of two windows never share the ring: it is as large as the widest of them asks.
+TEST(Policy, TheRingHoldsTwoOfTheWidestLayers) {
+  const std::vector<BranchView> branches{{2, 60, 1, true, 0}, {28, 3, 1, true, 1}};
+  const Snapshot snapshot = make_snapshot(30, 400, branches);
+  const Plan plan = make_policy("fixed:1")->plan(snapshot);
+  EXPECT_GE(plan.ring_frames, 2U * 60 - 2 * 60 / 8);
+  EXPECT_LE(plan.ring_frames, 2U * 60);
+}
+
+TEST(Policy, FixedKeepsWithinThePool) {
+  const std::vector<BranchView> branches{{4, 64, 1, true}, {4, 32, 0, true}};
+  Snapshot snapshot = make_snapshot(4, 4000, branches);
+  snapshot.pool_frames = 50;
+  EXPECT_EQ(make_policy("fixed:1")->plan(snapshot).streamed(), 50U);
+}
+
 TEST(Policy, UnknownNamesAreRefused) {
   for (const char* name : {"", "fixed", "fixed:", "fixed:2", "fixed:-0.1", "fixed:0.5x", "Fit",
                            "adaptive", "fixed:nan"}) {

@@ -541,14 +541,51 @@ TEST(Scheduler, ComputesOnNoStreamItself) {
   model.step({{id, 4}}, Reader::kernel, 2);
 }
 
+// ---- the ring and the pool ----------------------------------------------------------------------
+
+// One layer that sees all and five that see little: the ring holds two of the first, not of the
+// average.
+TEST(Scheduler, TheRingHoldsTwoOfTheWidestLayers) {
+  Geometry geometry = small_geometry(6);
+  geometry.windows = {0, 20, 20, 20, 20, 20};
+  testing::Model model(geometry, "fixed:1", small_machine(geometry, 120, 1000));
+  const SequenceId id = model.add();
+  model.step({{id, 330}}, Reader::kernel, 6);
+  for (int i = 0; i < 3; ++i) model.step({{id, 1}}, Reader::kernel, 6);
+  EXPECT_GE(model.cache().stats().ring_frames, 2U * 20 - 5);
+  model.check();
+}
+
+TEST(Scheduler, AFixedShareKeepsWithinThePool) {
+  Model model(3, "fixed:1", options_for(3, 100, 10));
+  const SequenceId id = model.add();
+  for (const std::uint32_t tokens : {300U, 1U, 1U}) {
+    model.step({{id, tokens}}, Reader::kernel, 3);
+    model.check();
+  }
+  EXPECT_EQ(frames(model.cache().stats().pool_bytes_used), 10U);
+}
+
+// The pool is full of copies of what stays on the device when other blocks have to go there: as many
+// of the copies are given up as it takes, so that few are written a second time.
+TEST(Scheduler, PressureOnThePoolTakesNoMoreCopiesThanItNeeds) {
+  Model model(2, "fixed:0.3", options_for(2, 100, 80));
+  const SequenceId first = model.add();
+  const SequenceId second = model.add();
+  for (int i = 0; i < 33; ++i) model.step({{first, 16}}, Reader::kernel, 2);
+  for (int i = 0; i < 43; ++i) model.step({{second, 16}}, Reader::kernel, 2);
+  EXPECT_EQ(frames(model.cache().stats().pool_bytes_used), 80U);
+  EXPECT_LE(frames(model.cache().stats().written_bytes), 2U * (33 + 43));
+  model.check();
+}
+
 // ---- who may be inside --------------------------------------------------------------------------
 
 // Calls the cache that runs it, as an embedder's kernel may.
 class Calling final : public LayerKernel {
  public:
   explicit Calling(Cache& cache) : cache_(cache) {}
-  void store(std::byte* /*frame*/, std::uint32_t /*token*/, std::uint32_t /*rows*/,
-             std::uint32_t /*row*/) override {}
+  void append(const Append& /*rows*/) override {}
   void attend(std::uint32_t layer, std::span<const KvPiece> pieces) override {
     EXPECT_EQ(cache_.length(pieces[0].sequence), 0U);
     EXPECT_EQ(cache_.open_step().next_layer, layer);

@@ -36,12 +36,14 @@ class Checker final : public LayerKernel {
   Checker(const std::map<SequenceId, Stamps>& held, std::uint32_t layer, Stamps rows)
       : held_(held), layer_(layer), rows_(std::move(rows)) {}
 
-  void store(std::byte* frame, std::uint32_t token, std::uint32_t rows,
-             std::uint32_t row) override {
-    for (std::uint32_t i = 0; i < rows; ++i) {
-      const std::uint64_t stamp = rows_[row + i] * layers + layer_;
-      std::memcpy(frame + std::size_t{token + i} * 16, &stamp, sizeof stamp);
-    }
+  void append(const Append& rows) override {
+    rows.each_run(
+        [&](std::byte* frame, std::uint32_t token, std::uint32_t count, std::uint32_t row) {
+          for (std::uint32_t i = 0; i < count; ++i) {
+            const std::uint64_t stamp = rows_[row + i] * layers + layer_;
+            std::memcpy(frame + std::size_t{token + i} * 16, &stamp, sizeof stamp);
+          }
+        });
   }
 
   void attend(std::uint32_t layer, std::span<const KvPiece> pieces) override {
@@ -382,6 +384,67 @@ TEST_F(Sharing, PagesNameTheFrameOfEveryBlock) {
     cache_->finish();
     held_[second].push_back(++last_stamp_);
     held_[first].push_back(++last_stamp_);
+  }
+  EXPECT_GT(frames_streamed(), 0U);
+}
+
+// Asks the cache that runs it for its tables, and compares them with what it is given.
+class TableReader final : public LayerKernel {
+ public:
+  explicit TableReader(Cache& cache) : cache_(cache) {}
+
+  void append(const Append& rows) override {
+    ++appends;
+    const StepTables tables = cache_.tables();
+    const std::size_t all = static_cast<std::size_t>(tables.cu_seqlens.back());
+    for (std::size_t i = 0; i < rows.slots.size(); ++i) {
+      EXPECT_EQ(tables.slot_mapping[rows.layer * all + rows.first_row + i], rows.slots[i]);
+    }
+  }
+
+  void attend(std::uint32_t layer, std::span<const KvPiece> pieces) override {
+    const StepTables tables = cache_.tables();
+    const Arena arena = cache_.arena();
+    for (const KvPiece& piece : pieces) {
+      const auto row = static_cast<std::size_t>(tables.rows[piece.entry]);
+      const std::int32_t* blocks =
+          tables.block_tables + (layer * tables.sequences + row) * tables.blocks;
+      for (std::uint32_t b = piece.kv_begin / size; b * size < piece.kv_end; ++b) {
+        ASSERT_GE(blocks[b], 0);
+        EXPECT_EQ(arena.start + static_cast<Bytes>(blocks[b]) * arena.stride_bytes,
+                  piece.frames[b - piece.kv_begin / size]);
+      }
+      EXPECT_EQ(tables.cu_seqlens[piece.entry], static_cast<std::int32_t>(piece.first_row));
+      const auto end = static_cast<std::int32_t>(piece.kv_end);
+      EXPECT_EQ(piece.last, tables.seq_lens[piece.entry] == end);
+    }
+  }
+
+  std::uint32_t appends = 0;
+
+ private:
+  Cache& cache_;
+};
+
+TEST_F(Sharing, TablesSayWhatKernelsAreGiven) {
+  open(40, 1000);
+  const SequenceId gone = add();
+  const SequenceId first = add();
+  step({{gone, 20}, {first, 9 * size + 2}});
+  const SequenceId second = cache_->fork(first);
+  held_[second] = held_[first];
+  step({{second, 6 * size}});
+  cache_->free(gone);
+  EXPECT_THROW(static_cast<void>(cache_->tables()), LogicError) << "no step is open";
+  for (const std::uint32_t tokens : {1U, 1U, 40U, 1U}) {
+    cache_->begin(std::vector<StepEntry>{{second, tokens}, {first, 1}}, Reader::kernel);
+    for (std::uint32_t layer = 0; layer < layers; ++layer) {
+      TableReader reader(*cache_);
+      cache_->run(layer, reader);
+      EXPECT_EQ(reader.appends, 1U) << "one batched append a layer";
+    }
+    cache_->finish();
+    cache_->check();
   }
   EXPECT_GT(frames_streamed(), 0U);
 }

@@ -19,7 +19,7 @@ LAYERS = [
     {"types", "error", "process"},
     {"backend"},
     {"backends", "parallel", "attention"},
-    {"frame_pool", "layer_kernel", "options"},
+    {"frame_pool", "layer_kernel", "options", "tables"},
     {"block_map"},
     {"policy", "transfers"},
     {"ring"},

@@ -54,7 +54,7 @@ struct AttentionWork {
   std::uint32_t position = 0;
   std::uint32_t kv_begin = 0;
   std::uint32_t kv_end = 0;
-  const std::byte* const* frames = nullptr;
+  BlockFrames frames;
   float* state = nullptr;  // rows * attention_state_floats(shape), set by attention_reset first
 };
 

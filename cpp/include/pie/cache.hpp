@@ -53,6 +53,25 @@ struct FrameTable {
   std::span<const std::int32_t> frames;
 };
 
+// What the step that is open reads and fills, in the field's terms, for kernels of the caller's.
+// Good until a call that changes the cache; a layer's part of `block_tables` and `slot_mapping`
+// once the layer runs. Nothing of it is rebuilt from step to step: a sequence keeps its row, and an
+// entry is written to where a block comes, moves or goes.
+struct StepTables {
+  // `[layers, sequences, blocks]`: the device frame of each block, -1 where there is none. Of a
+  // block that is streamed, where it lies while it is read, and nothing to rely on before and
+  // after.
+  const std::int32_t* block_tables = nullptr;
+  std::uint32_t layers = 0;
+  std::uint32_t sequences = 0;  // rows there are, of which the batch has some
+  std::uint32_t blocks = 0;
+  std::span<const std::int32_t> rows;  // `[batch]`: which of them
+  std::span<const std::int64_t>
+      slot_mapping;                        // `[layers, packed rows]`: frame * block_tokens + token
+  std::span<const std::int32_t> seq_lens;  // `[batch]`: tokens, the step's new ones included
+  std::span<const std::int32_t> cu_seqlens;  // `[batch + 1]`: where each one's packed rows begin
+};
+
 // The step that is open: how many rows it has and which layer comes next. No rows: none is.
 struct OpenStep {
   std::uint32_t rows = 0;
@@ -132,6 +151,9 @@ class Cache {
   // next layer or the end of the step.
   FrameTable pages(std::uint32_t layer, const LayerInputs& inputs);
   [[nodiscard]] Arena arena() const;
+
+  // Throws LogicError where no step is open.
+  [[nodiscard]] StepTables tables() const;
 
   // Has `kernel` append the layer's K and V and read all of each sequence.
   void run(std::uint32_t layer, LayerKernel& kernel);

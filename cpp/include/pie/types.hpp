@@ -24,6 +24,21 @@ using SequenceId = std::uint64_t;
 using FrameIndex = std::uint32_t;
 inline constexpr FrameIndex no_frame = 0xffffffff;
 
+// What a table of frames says where there is none.
+inline constexpr std::int32_t no_table_frame = -1;
+
+// The frames of adjacent blocks, by a table of device frames: number i of them starts at
+// `memory` + `table[i]` * `stride` bytes.
+struct BlockFrames {
+  const std::byte* memory = nullptr;
+  Bytes stride = 0;
+  const std::int32_t* table = nullptr;
+
+  [[nodiscard]] const std::byte* operator[](std::size_t i) const {
+    return memory + static_cast<Bytes>(table[i]) * stride;
+  }
+};
+
 // `count` adjacent frames of one tier, starting at `first`.
 struct FrameRun {
   FrameIndex first = no_frame;

@@ -70,7 +70,7 @@ void check(const AttentionWork& work) {
   require(work.kv_begin % granule_tokens == 0 && work.kv_begin <= work.kv_end,
           "attention_fold: kv_begin must be a multiple of 16 and not beyond kv_end.");
   require(work.rows == 0 || work.kv_begin == work.kv_end ||
-              (work.q.data != nullptr && work.frames != nullptr && work.state != nullptr),
+              (work.q.data != nullptr && work.frames.table != nullptr && work.state != nullptr),
           "attention_fold: q, frames and state must be given.");
 }
 
