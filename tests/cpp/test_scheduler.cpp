@@ -566,8 +566,8 @@ TEST(Scheduler, AFixedShareKeepsWithinThePool) {
   EXPECT_EQ(frames(model.cache().stats().pool_bytes_used), 10U);
 }
 
-// The pool is full of copies of what stays on the device when other blocks have to go there: as many
-// of the copies are given up as it takes, so that few are written a second time.
+// The pool is full of copies of what stays on the device when other blocks have to go there: as
+// many of the copies are given up as it takes, so that few are written a second time.
 TEST(Scheduler, PressureOnThePoolTakesNoMoreCopiesThanItNeeds) {
   Model model(2, "fixed:0.3", options_for(2, 100, 80));
   const SequenceId first = model.add();
