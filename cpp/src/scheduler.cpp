@@ -166,9 +166,16 @@ Snapshot Scheduler::snapshot(std::uint32_t device_frames, std::uint32_t pool_fra
   return result;
 }
 
-// Refuses a plan that cannot be carried out, before anything is changed; the pool may grow.
+// Refuses a plan that cannot be carried out, before anything is changed; the pool may grow, and
+// what the system does not give it, it has not.
 void Scheduler::admit(const Snapshot& snapshot, const Plan& plan, std::uint32_t staging_frames) {
-  admit_on_device(snapshot, plan, staging_frames, "this step");
+  Snapshot usable = snapshot;
+  const std::uint64_t spare = plan.streamed() + 1;
+  if (plan.streamed() > 0 && spare <= snapshot.pool_frames && spare > map_.pool().limit() &&
+      !grow_pool(static_cast<std::uint32_t>(spare))) {
+    usable.pool_frames = map_.pool().limit();
+  }
+  admit_on_device(usable, plan, staging_frames, "this step");
   const Bytes stride = capabilities_.frame_stride;
   const std::uint64_t streamed = plan.streamed();
   if (streamed <= map_.pool().limit()) return;
