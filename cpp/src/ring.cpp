@@ -9,27 +9,6 @@
 
 namespace pie {
 
-namespace {
-
-// One copy for frames that are adjacent in both tiers.
-void add_copies(const Load& load, std::vector<Copy>& copies) {
-  const std::vector<Block>& blocks = load.branch->layers[load.layer].blocks;
-  for (std::uint32_t i = 0; i < load.count; ++i) {
-    const FrameIndex pool = blocks[load.first_block + i].pool;
-    const FrameIndex device = load.device + i;
-    if (!copies.empty()) {
-      Copy& last = copies.back();
-      if (last.from.first + last.count == pool && last.to.first + last.count == device) {
-        ++last.count;
-        continue;
-      }
-    }
-    copies.push_back({{Tier::pool, pool}, {Tier::device, device}, 1});
-  }
-}
-
-}  // namespace
-
 // ---- where it lies ------------------------------------------------------------------------------
 
 void Ring::reshape(FrameRun frames, std::uint32_t segment_frames) {
@@ -113,12 +92,13 @@ void Ring::close() {
   const std::uint32_t index = std::exchange(open_, no_segment);
   std::vector<Load> loads;
   loads.swap(asked_);
-  submit(index, loads, deps_of(segments_[index], index));
+  submit(index, loads, deps_of(index));
   segments_[index].unread += static_cast<std::uint32_t>(loads.size());
   queue_.insert(queue_.end(), loads.begin(), loads.end());
 }
 
-std::vector<Dep> Ring::deps_of(const Segment& segment, std::uint32_t index) const {
+std::vector<Dep> Ring::deps_of(std::uint32_t index) const {
+  const Segment& segment = segments_[index];
   std::vector<Dep> deps;
   // From the last on: on a stream the last copies into a segment wait for those before them, and
   // the host runs far ahead of all.
@@ -143,7 +123,13 @@ std::vector<Dep> Ring::deps_of(const Segment& segment, std::uint32_t index) cons
 // One ticket for loads of one segment, which take its name.
 void Ring::submit(std::uint32_t index, std::vector<Load>& loads, std::vector<Dep> after) {
   std::vector<Copy> copies;
-  for (const Load& load : loads) add_copies(load, copies);
+  for (const Load& load : loads) {
+    const std::vector<Block>& blocks = load.branch->layers[load.layer].blocks;
+    for (std::uint32_t i = 0; i < load.count; ++i) {
+      add_copy({Tier::pool, blocks[load.first_block + i].pool}, {Tier::device, load.device + i},
+               copies);
+    }
+  }
   Flight flight{{}, index, false, loads};
   flights_.reserve(flights_.size() + 1);  // from here on nothing is forgotten
   flight.ticket = transfers_.fetch(copies, after);
@@ -185,8 +171,9 @@ Load Ring::take(const Load* load, bool order) {
   return taken;
 }
 
-void Ring::release(Fence readers) {
+void Ring::release() {
   if (taken_ == 0) return;
+  const Fence readers = transfers_.fence();
   for (Segment& segment : segments_) {
     if (segment.taken == 0) continue;
     segment.readers = readers;
@@ -198,8 +185,14 @@ void Ring::release(Fence readers) {
 // ---- dropping -----------------------------------------------------------------------------------
 
 void Ring::drop_all() {
-  for (const Load& load : queue_) drop(load);
+  drop_asked();
   queue_.clear();
+  for (Segment& segment : segments_) segment.unread = 0;
+}
+
+void Ring::drop_asked() {
+  asked_.clear();
+  open_ = no_segment;
 }
 
 template <typename Change>
@@ -241,8 +234,7 @@ void Ring::trim(const Branch& branch, std::uint32_t layer, std::uint32_t end) {
 bool Ring::drop_last() {
   if (queue_.empty()) return false;
   const std::uint32_t segment = queue_.back().segment;
-  std::erase_if(queue_, [&](const Load& load) { return load.segment == segment; });
-  segments_[segment].unread = 0;
+  change([&](const Load& load) { return load.segment == segment; });
   return true;
 }
 
@@ -283,10 +275,9 @@ void Ring::land() {
 // trouble.
 void Ring::retry(const Completion& completion) {
   std::vector<Load> failed;
-  std::erase_if(queue_, [&](const Load& load) {
+  change([&](const Load& load) {
     if (load.ticket != completion.ticket) return false;
     failed.push_back(load);
-    drop(load);
     return true;
   });
   for (Load& load : failed | std::views::reverse) {

@@ -72,12 +72,12 @@ class Ring {
   // Takes a load off the list, for the caller to read. With `order`, has the stream wait for it.
   Load take(const Load* load, bool order);
 
-  // All that was taken is read once `readers` has passed.
-  void release(Fence readers);
-  [[nodiscard]] bool taken() const { return taken_ > 0; }
+  // All that was taken is read by what the stream was given so far.
+  void release();
 
   // Drops loads that nobody took.
   void drop_all();
+  void drop_asked();  // those that were asked for and not started
   void drop(const Branch& branch);
   void drop(const BlockKey& key);
   void cut(const Branch& branch, std::uint32_t keep);  // blocks beyond the first `keep`
@@ -127,7 +127,7 @@ class Ring {
   void change(const Change& drops);
   [[nodiscard]] bool open();
   void submit(std::uint32_t segment, std::vector<Load>& loads, std::vector<Dep> after);
-  [[nodiscard]] std::vector<Dep> deps_of(const Segment& segment, std::uint32_t index) const;
+  [[nodiscard]] std::vector<Dep> deps_of(std::uint32_t segment) const;
   void retry(const Completion& completion);
   void leave(std::uint32_t first_segment);
 

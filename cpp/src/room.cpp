@@ -31,11 +31,8 @@ FrameIndex Scheduler::take_frame() {
 void Scheduler::make_room() {
   land();
   if (map_.device().free() > 0) return;
-  if (!shape_.whole_layers && std::exchange(running_, false)) {
-    static_cast<void>(evict_written());
-    running_ = true;
-    if (map_.device().free() > 0) return;
-  }
+  if (!shape_.whole_layers) evict_written(false);
+  if (map_.device().free() > 0) return;
   if (map_.count(BlockState::writing) > 0 || !evict_any()) write_or_wait();
 }
 
@@ -53,20 +50,17 @@ bool Scheduler::is_read_now(std::uint32_t layer, const Branch& branch) const {
   return layer == layer_ && branch.active;
 }
 
-// Discards what has come to be in the pool and is not to stay, but for the layer that runs.
-bool Scheduler::evict_written() {
-  bool any = false;
+// Discards what has come to be in the pool and is not to stay; may spare the layer that runs.
+void Scheduler::evict_written(bool spare_layer) {
   std::erase_if(written_, [&](const Stretch& stretch) {
-    if (running_ && stretch.layer == layer_) return false;
+    if (spare_layer && stretch.layer == layer_) return false;
     const LayerBlocks& layer = stretch.branch->layers[stretch.layer];
     for (std::uint32_t b = stretch.begin; b < std::min(stretch.end, layer.streamed); ++b) {
       if (layer.blocks[b].state != BlockState::clean) continue;
       map_.evict({stretch.branch, stretch.layer, b});
-      any = true;
     }
     return true;
   });
-  return any;
 }
 
 // Discards any clean block, of the layer whose turn is furthest away first.

@@ -431,6 +431,7 @@ void Scheduler::run_layer(std::uint32_t layer, LayerKernel& kernel) {
   wave_ = 0;
   stored_ = 0;
   slotted_ = 0;
+  appended_ = false;
   ready_ = false;
   running_ = true;
   for (std::size_t i = 0; i < visits_.size(); ++i) {
@@ -440,7 +441,6 @@ void Scheduler::run_layer(std::uint32_t layer, LayerKernel& kernel) {
   land();
   raise_errors();
   cursor_ = std::max(cursor_, {layer_, 0, 0});
-  appended_ = false;
   pump();
   for (std::size_t i = 0; i < readings_.size(); ++i) {
     if (readings_[i].wave != wave_) {
@@ -457,9 +457,9 @@ void Scheduler::run_layer(std::uint32_t layer, LayerKernel& kernel) {
 
 // What the layer has read may leave. What comes next into the ring waits for the readers.
 void Scheduler::end_layer() {
-  if (ring_.taken()) ring_.release(transfers_.fence());
-  if (!std::exchange(running_, false)) return;
-  static_cast<void>(evict_written());
+  ring_.release();
+  running_ = false;
+  evict_written(false);
 }
 
 void Scheduler::read_branch(std::size_t index, LayerKernel& kernel) {
@@ -624,7 +624,7 @@ void Scheduler::flush(LayerKernel& kernel) {
     progress.read = progress.ready;
   }
   kernel.attend(layer_, pieces_);
-  if (!shape_.whole_layers && ring_.taken()) ring_.release(transfers_.fence());
+  if (!shape_.whole_layers) ring_.release();
   land();
   pump();
 }
@@ -663,7 +663,8 @@ bool Scheduler::is_to_grow() const {
 // Advances the cursor to the next block that is only in the pool; false at the end of what may be
 // asked for, which is one round of layers ahead of the one that runs.
 bool Scheduler::seek_pooled() {
-  while (!readings_.empty() && cursor_.layer < layer_ + geometry_.layers) {
+  if (readings_.empty() || map_.count(BlockState::pooled) == 0) return false;
+  while (cursor_.layer < layer_ + geometry_.layers) {
     const std::uint32_t wave = cursor_.layer == layer_ ? wave_ : 0;
     for (; cursor_.reading < readings_.size(); ++cursor_.reading, cursor_.block = 0) {
       const Reading& reading = readings_[cursor_.reading];
@@ -791,7 +792,9 @@ void Scheduler::finish() {
 
 void Scheduler::look_ahead() {
   const std::uint32_t size = geometry_.block_tokens;
-  for (const Growth& growth : batch_) {
+  const std::vector<Growth> grown = batch_;
+  close_batch();  // first: what is thrown from here on finds no step to take back
+  for (const Growth& growth : grown) {
     Branch& branch = *growth.branch;
     const std::uint32_t tokens_before = growth.sequence->tokens - growth.new_tokens;
     const std::uint32_t before = tokens_before / size - branch.first;
@@ -803,7 +806,6 @@ void Scheduler::look_ahead() {
                  plan_.write_behind ? branch.full : std::min(branch.full, blocks.streamed));
     }
   }
-  close_batch();
   drop_unseen();
   land();
   const bool wrapped = cursor_.layer >= geometry_.layers;
@@ -828,6 +830,7 @@ void Scheduler::abort() {
 
 // What is prefetched stays where it is; no more is asked for.
 void Scheduler::stop_prefetch() {
+  ring_.drop_asked();  // where asking was interrupted
   visits_.clear();
   readings_.clear();
   cursor_ = {};
@@ -846,7 +849,7 @@ void Scheduler::land() {
     written_.push_back({landed.branch, landed.layer, landed.first_block, end});
   }
   ring_.land();
-  static_cast<void>(evict_written());
+  evict_written(running_);
 }
 
 void Scheduler::wait() {

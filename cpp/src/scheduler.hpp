@@ -208,7 +208,7 @@ class Scheduler {
   void make_room();
   void write_or_wait();
   [[nodiscard]] bool is_read_now(std::uint32_t layer, const Branch& branch) const;
-  [[nodiscard]] bool evict_written();
+  void evict_written(bool spare_layer);
   [[nodiscard]] bool evict_any();
   [[nodiscard]] bool write_any();
 

@@ -19,7 +19,6 @@ std::uint64_t key_of(Ticket ticket) {
   return ticket.id * lane_count + static_cast<std::uint64_t>(ticket.lane);
 }
 
-// Merges blocks whose frames are adjacent in both tiers into one copy.
 std::vector<Copy> copies_of(const std::vector<Block>& blocks, std::uint32_t first,
                             std::uint32_t count, Lane lane) {
   std::vector<Copy> copies;
@@ -27,19 +26,23 @@ std::vector<Copy> copies_of(const std::vector<Block>& blocks, std::uint32_t firs
     Place from{Tier::pool, blocks[i].pool};
     Place to{Tier::device, blocks[i].device};
     if (lane == Lane::device_to_pool) std::swap(from, to);
-    if (!copies.empty()) {
-      Copy& last = copies.back();
-      if (last.from.first + last.count == from.first && last.to.first + last.count == to.first) {
-        ++last.count;
-        continue;
-      }
-    }
-    copies.push_back({from, to, 1});
+    add_copy(from, to, copies);
   }
   return copies;
 }
 
 }  // namespace
+
+void add_copy(const Place& from, const Place& to, std::vector<Copy>& copies) {
+  if (!copies.empty()) {
+    Copy& last = copies.back();
+    if (last.from.first + last.count == from.first && last.to.first + last.count == to.first) {
+      ++last.count;
+      return;
+    }
+  }
+  copies.push_back({from, to, 1});
+}
 
 Transfers::Transfers(Backend& backend, BlockMap& map)
     : backend_(backend),

@@ -343,6 +343,8 @@ class Throwing final : public testing::ProxyBackend {
  public:
   using ProxyBackend::ProxyBackend;
   Ticket submit(std::span<const Copy> copies, std::span<const Dep> after) override {
+    if (good_submits_ == 1) submits_ = 1;
+    good_submits_ -= good_submits_ > 0 ? 1 : 0;
     fail(submits_);
     return ProxyBackend::submit(copies, after);
   }
@@ -351,6 +353,8 @@ class Throwing final : public testing::ProxyBackend {
     ProxyBackend::wait(timeout_ns);
   }
   void fail_submits(int times) { submits_ = times; }
+  void fail_submit(std::uint64_t number) { good_submits_ = number; }  // the next is number 1
+  [[nodiscard]] bool to_fail() const { return good_submits_ > 0; }
   void fail_waits(int times) { waits_ = times; }
 
  private:
@@ -359,13 +363,16 @@ class Throwing final : public testing::ProxyBackend {
     --times;
     throw std::runtime_error("the backend broke");
   }
+  std::uint64_t good_submits_ = 0;
   int submits_ = 0;
   int waits_ = 0;
 };
 
 struct ThrowingModel {
   explicit ThrowingModel(std::uint32_t device_frames, const std::string& policy = "fit") {
-    auto backend = std::make_unique<Throwing>(open_sim(options_for(3, device_frames, 1000)));
+    SimOptions options = options_for(3, device_frames, 1000);
+    options.device_frames_max = 100;
+    auto backend = std::make_unique<Throwing>(open_sim(options));
     throwing = backend.get();
     model = std::make_unique<testing::Model>(small_geometry(3), policy, std::move(backend));
   }
@@ -395,6 +402,50 @@ TEST(SchedulerBackendThrows, FromSubmitLosesNothing) {
     model.throwing->fail_submits(0);
   }
   EXPECT_EQ(model.model->cache().length(id), 240U);
+}
+
+// Sequences that stream, part, are cut and go while budgets move. What throws is tried no more.
+void live(const ThrowingModel& model) {
+  const auto attempt = [&](const auto& act) {
+    try {
+      act();
+    } catch (const std::runtime_error& error) {
+      ASSERT_STREQ(error.what(), "the backend broke");
+      if (model.model->cache().open_step().rows > 0) model.model->abort();
+    }
+    model.model->check();
+  };
+  const auto step = [&](const std::vector<StepEntry>& batch) {
+    attempt([&] { model.model->step(batch, Reader::kernel, 3); });
+  };
+  const SequenceId first = model.model->add();
+  const SequenceId second = model.model->add();
+  step({{first, 200}});
+  step({{second, 90}});
+  const SequenceId third = model.model->fork(first);
+  for (int i = 0; i < 3; ++i) step({{first, 1}, {second, 3}, {third, 20}});
+  model.model->truncate(third, model.model->length(third) / 2);
+  attempt([&] { model.model->resize(60, 1000); });
+  for (int i = 0; i < 3; ++i) step({{second, 1}, {third, 1}, {first, 1}});
+  model.model->free(first);
+  attempt([&] { model.model->resize(30, 1000); });
+  for (int i = 0; i < 3; ++i) step({{third, 17}, {second, 1}});
+  model.model->free(third);
+  model.model->free(second);
+  model.model->check();
+}
+
+TEST(SchedulerBackendThrows, FromAnySubmitLosesNothing) {
+  for (const char* policy : {"fit", "fixed:0.5"}) {
+    std::uint64_t number = 0;
+    for (bool thrown = true; thrown;) {
+      const ThrowingModel model(30, policy);
+      model.throwing->fail_submit(++number);
+      live(model);
+      thrown = !model.throwing->to_fail();
+    }
+    EXPECT_GT(number, 100U) << policy;
+  }
 }
 
 TEST(SchedulerBackendThrows, AfterTheEndOfAStepTheNextOneTells) {
