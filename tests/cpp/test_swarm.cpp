@@ -104,9 +104,9 @@ class Run {
   // A copy that fails behind a stream is the end of the device: there it is rare.
   SimFaults draw_faults() {
     SimFaults faults;
-    if (one_in(2)) faults.failed = kind_.streams ? 2e-5 : (one_in(3) ? 0.3 : 0.02);
-    if (one_in(3)) faults.corrupt = kind_.streams ? 2e-5 : 0.05;
-    if (one_in(5)) faults.rotten = kind_.streams ? 1e-5 : 0.003;
+    if (one_in(2)) faults.failed = kind_.streams ? 6e-5 : (one_in(3) ? 0.3 : 0.02);
+    if (one_in(3)) faults.corrupt = kind_.streams ? 6e-5 : 0.05;
+    if (one_in(5)) faults.rotten = kind_.streams ? 3e-5 : 0.003;
     if (one_in(3)) faults.slow = 0.02;
     if (one_in(3)) faults.refused = 0.2;
     faults.lying = 0.3;
