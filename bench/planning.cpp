@@ -3,26 +3,33 @@
 //
 //   planning [sequences [tokens [layers]]]
 //
-// The cache runs over the real backend with tiny frames and a kernel that does nothing, so nearly
-// all that is left is bookkeeping. Two budgets: all KV on the device, and half of it. Prints
-// medians; the waits for the disk are left out of "own work", submission and checksums are in it.
+// The kernel does nothing, so what is left is bookkeeping. Two budgets: all KV on the device, and
+// half of it. Two backends: a stream on which every copy has ended at once, so that nothing but the
+// scheduling is measured, as over a device with copy engines; and the host backend with tiny
+// frames, where submission to the disk and checksums are the computing thread's too. Prints
+// medians; waits are left out of "own work".
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <fstream>
+#include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "frame_pool.hpp"
-#include "pie/backends.hpp"
+#include "pie/backend.hpp"
 #include "pie/cache.hpp"
 
 namespace {
 
 constexpr std::uint32_t block_tokens = 64;
-constexpr int steps = 100;
+constexpr int steps = 50;
+
+// Beyond so many the host backend, whose frames have 4 KiB, is left out.
+constexpr double host_frames_max = 1 << 18;
 
 double now_us() {
   const auto now = std::chrono::steady_clock::now().time_since_epoch();
@@ -46,6 +53,51 @@ class NoKernel final : public pie::LayerKernel {
  public:
   void append(const pie::Append&) override {}
   void attend(std::uint32_t, std::span<const pie::KvPiece>) override {}
+};
+
+// A stream that does everything at once, on memory that nobody touches.
+class Nowhere final : public pie::Backend {
+ public:
+  Nowhere(pie::Bytes stride, std::uint32_t device_frames, std::uint32_t pool_frames) {
+    capabilities_.device_frames = device_frames;
+    capabilities_.device_frames_max = device_frames;
+    capabilities_.pool_frames = pool_frames;
+    capabilities_.frame_stride = stride;
+    capabilities_.copy_bytes_best = pie::Bytes{1} << 20;
+    capabilities_.streams = true;
+    capabilities_.pool_io = "nowhere";
+  }
+  [[nodiscard]] pie::Capabilities capabilities() const override { return capabilities_; }
+  [[nodiscard]] pie::Nanos now() const override { return 0; }
+  std::uint32_t resize_device(std::uint32_t frames) override { return frames; }
+  pie::PoolSize resize_pool(std::uint32_t frames) override { return {frames, false}; }
+  [[nodiscard]] std::string pool_refusal() const override { return ""; }
+  pie::Ticket submit(std::span<const pie::Copy> copies, std::span<const pie::Dep>) override {
+    const bool load = copies.front().from.tier == pie::Tier::pool;
+    pie::Completion ended;
+    ended.ticket = {load ? pie::Lane::pool_to_device : pie::Lane::device_to_pool, ++tickets_};
+    ended_.push_back(ended);
+    return ended.ticket;
+  }
+  std::size_t poll(std::span<pie::Completion> out) override {
+    const std::size_t count = std::min(out.size(), ended_.size());
+    const auto end = ended_.begin() + static_cast<std::ptrdiff_t>(count);
+    std::copy(ended_.begin(), end, out.begin());
+    ended_.erase(ended_.begin(), end);
+    return count;
+  }
+  void wait(pie::Nanos) override {}
+  pie::Fence record(pie::ComputeStream, pie::Timing) override { return {++fences_}; }
+  void depend(pie::ComputeStream, const pie::Dep&) override {}
+  void duplicate(pie::ComputeStream, std::span<const pie::Duplicate>) override {}
+  [[nodiscard]] std::byte* address(pie::FrameIndex) const override { return nullptr; }
+  [[nodiscard]] pie::Health health() const override { return {}; }
+
+ private:
+  pie::Capabilities capabilities_;
+  std::uint64_t tickets_ = 0;
+  std::uint64_t fences_ = 0;
+  std::vector<pie::Completion> ended_;
 };
 
 struct Costs {
@@ -74,22 +126,39 @@ Costs one_step(pie::Cache& cache, const std::vector<pie::StepEntry>& batch) {
   return costs;
 }
 
-void measure_steps(std::uint32_t sequences, std::uint32_t tokens, std::uint32_t layers,
-                   double share) {
+std::unique_ptr<pie::Cache> make_cache(bool host, const pie::Geometry& geometry, double frames,
+                                       double share) {
+  const pie::Bytes stride = geometry.frame_bytes();
+  const std::string policy = share < 1 ? "fit" : "off";  // which writes nothing behind
+  if (!host) {
+    const auto device = static_cast<std::uint32_t>(frames * share);
+    const auto pool = static_cast<std::uint32_t>(2 * frames);
+    return std::make_unique<pie::Cache>(geometry, policy,
+                                        std::make_unique<Nowhere>(stride, device, pool));
+  }
   pie::CacheOptions options;
-  options.geometry = {layers, 1, 8, block_tokens, pie::DType::bf16};
+  options.geometry = geometry;
+  options.policy = policy;
+  options.device_bytes = static_cast<pie::Bytes>(frames * share) * stride;
+  options.pool_bytes = static_cast<pie::Bytes>(2 * frames) * stride;
+  return std::make_unique<pie::Cache>(options);
+}
+
+void measure_steps(bool host, std::uint32_t sequences, std::uint32_t tokens, std::uint32_t layers,
+                   double share) {
   const std::uint64_t blocks = (tokens + steps) / block_tokens + 2;
-  const auto bytes =
-      static_cast<double>(options.geometry.frame_bytes() * layers * sequences * blocks);
-  options.device_bytes = static_cast<pie::Bytes>(bytes * share);
-  options.pool_bytes = static_cast<pie::Bytes>(2 * bytes);
-  pie::Cache cache(options);
+  const std::unique_ptr<pie::Cache> made =
+      make_cache(host, {layers, 1, 16, block_tokens, pie::DType::bf16},
+                 static_cast<double>(sequences * blocks * layers), share);
+  pie::Cache& cache = *made;
   std::vector<pie::StepEntry> batch;
   for (std::uint32_t i = 0; i < sequences; ++i) {
     const pie::SequenceId id = cache.add();
     one_step(cache, {{id, tokens}});
     batch.push_back({id, 1});
   }
+  for (int i = 0; i < 5; ++i) one_step(cache, batch);
+  const pie::Bytes before = cache.stats().streamed_bytes;
   std::vector<double> begin;
   std::vector<double> run;
   std::vector<double> finish;
@@ -102,9 +171,9 @@ void measure_steps(std::uint32_t sequences, std::uint32_t tokens, std::uint32_t 
     own.push_back(costs.own_us);
   }
   const pie::Stats stats = cache.stats();
-  std::printf("%3.0f %% of the KV on the device, %llu KiB streamed a step\n",
-              100 * std::min(share, 1.0),
-              static_cast<unsigned long long>(stats.streamed_bytes / 1024 / steps));
+  std::printf("%s, %3.0f %% of the KV on the device, %llu KiB streamed a step\n",
+              host ? "host" : "a stream", 100 * std::min(share, 1.0),
+              static_cast<unsigned long long>((stats.streamed_bytes - before) / 1024 / steps));
   std::printf("  planning (begin)             %8.1f us\n", median(begin));
   std::printf("  %u layers%s %8.1f us\n", layers,
               share < 1 ? ", waits included  " : ", reading nothing ", median(run));
@@ -143,8 +212,12 @@ int main(int count, char** arguments) {
   try {
     std::printf("%s\n%u sequences of %u tokens, %u layers, blocks of %u tokens, %d decode steps\n",
                 machine().c_str(), sequences, tokens, layers, block_tokens, steps);
-    measure_steps(sequences, tokens, layers, 1.5);
-    measure_steps(sequences, tokens, layers, 0.5);
+    for (const bool host : {false, true}) {
+      const double frames = 1.0 * sequences * tokens / block_tokens * layers;
+      if (host && frames > host_frames_max) continue;
+      measure_steps(host, sequences, tokens, layers, 1.5);
+      measure_steps(host, sequences, tokens, layers, 0.5);
+    }
     measure_frames();
   } catch (const std::exception& error) {
     std::fprintf(stderr, "planning: %s\n", error.what());

@@ -2,11 +2,58 @@
 #include "block_map.hpp"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "pie/error.hpp"
 
 namespace pie {
+
+// ---- the blocks of a layer ----------------------------------------------------------------------
+
+namespace {
+
+// Adds a block, to the runs that it follows or goes before.
+void add_to(std::vector<PoolRun>& runs, std::uint32_t block, FrameIndex pool) {
+  const auto next = std::ranges::upper_bound(runs, block, {}, &PoolRun::first_block);
+  const bool before = next != runs.end() && next->is_at(block + 1, pool + 1);
+  if (next != runs.begin() && (next - 1)->ends_at(block, pool)) {
+    (next - 1)->count += 1 + (before ? next->count : 0);
+    if (before) runs.erase(next);
+  } else if (before) {
+    *next = {block, pool, next->count + 1};
+  } else {
+    runs.insert(next, {block, pool, 1});
+  }
+}
+
+std::vector<PoolRun> runs_of(const std::vector<Block>& blocks) {
+  std::vector<PoolRun> runs;
+  for (std::uint32_t b = 0; b < blocks.size(); ++b) {
+    if (blocks[b].pool != no_frame) add_to(runs, b, blocks[b].pool);
+  }
+  return runs;
+}
+
+}  // namespace
+
+std::uint32_t LayerBlocks::pooled_end(std::uint32_t block, std::uint32_t end) {
+  front = std::max(front, gone);
+  const bool known = block >= gone && block <= front;
+  std::uint32_t at = known ? front : block;
+  while (at < end && blocks[at].state == BlockState::pooled) ++at;
+  if (known) front = std::max(front, at);
+  return std::max(block, std::min(at, end));
+}
+
+std::uint32_t LayerBlocks::present_end(std::uint32_t block, std::uint32_t end) const {
+  if (is_in_front(block)) return block;
+  if (away == 0 && block >= gone) return std::max(block, end);
+  const std::uint32_t ahead = std::max(front, gone);
+  if (block >= ahead && away == ahead - gone) return std::max(block, end);
+  while (block < end && blocks[block].present()) ++block;
+  return block;
+}
 
 BlockMap::BlockMap(Geometry geometry, std::uint32_t device_frames, std::uint32_t pool_frames)
     : geometry_(std::move(geometry)),
@@ -95,6 +142,13 @@ void BlockMap::join(Sequence& sequence, Branch& branch) {
   }
 }
 
+void BlockMap::show(const BlockKey& key, FrameRun device) {
+  for (const Sequence* sequence : key.branch->users) {
+    std::int32_t* row = tables_.row(key.layer, sequence->row) + key.branch->first + key.block;
+    std::iota(row, row + device.count, static_cast<std::int32_t>(device.first));
+  }
+}
+
 // Where a block lies, in the tables of all its sequences.
 void BlockMap::list(const BlockKey& key, std::int32_t device) {
   for (const Sequence* sequence : key.branch->users) {
@@ -117,16 +171,22 @@ std::vector<T> take_front(std::vector<T>& from, std::uint32_t count) {
 
 }  // namespace
 
-// The blocks of one layer have come to lie in `branch`, or at other indices of it.
-void BlockMap::rename(Branch& branch, std::uint32_t layer) {
-  LayerBlocks& blocks = branch.layers[layer];
-  blocks.present = 0;
-  blocks.pooled = 0;
-  for (std::uint32_t b = 0; b < blocks.blocks.size(); ++b) {
-    const Block& block = blocks.blocks[b];
-    if (block.device != no_frame) owners_[block.device] = {&branch, layer, b};
-    if (block.present()) ++blocks.present;
-    if (block.state == BlockState::pooled) ++blocks.pooled;
+// The blocks of a branch have come to lie in it, or at other indices of it.
+void BlockMap::rename(Branch& branch) {
+  branch.boundaries.clear();
+  branch.open = no_frame;
+  branch.away = 0;
+  for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
+    LayerBlocks& blocks = branch.layers[layer];
+    blocks.runs = runs_of(blocks.blocks);
+    blocks.front = 0;
+    blocks.away = 0;
+    for (std::uint32_t b = 0; b < blocks.size(); ++b) {
+      const Block& block = blocks.blocks[b];
+      if (block.device != no_frame) owners_[block.device] = {&branch, layer, b};
+      blocks.away += block.away() ? 1 : 0;
+    }
+    branch.away += blocks.away;
   }
 }
 
@@ -141,9 +201,9 @@ Branch& BlockMap::split(Branch& branch, std::uint32_t at) {
       to.*count = std::min(from.*count, at);
       from.*count -= to.*count;
     }
-    rename(front, layer);
-    rename(branch, layer);
   }
+  rename(front);
+  rename(branch);
   front.full = std::min(branch.full, at);
   front.users = branch.users;
   front.active = branch.active;
@@ -171,8 +231,8 @@ void BlockMap::merge(Branch& front, Branch& back) {
     release_extent(to);
     to.extent = std::exchange(from.extent, {});
     from = {};
-    rename(front, layer);
   }
+  rename(front);
   front.full += back.full;
   front.active = front.active || back.active;
   for (Sequence* sequence : back.users) std::erase(sequence->path, &back);
@@ -187,12 +247,14 @@ void BlockMap::set_state(const BlockKey& key, BlockState state) {
   Block& block = at(key);
   const auto count = [&](std::uint32_t by) {
     if (block.state != BlockState::empty) counts_[static_cast<std::size_t>(block.state)] += by;
-    if (block.present()) layer.present += by;
-    if (block.state == BlockState::pooled) layer.pooled += by;
+    if (!block.away()) return;
+    layer.away += by;
+    key.branch->away += by;
   };
   count(std::uint32_t{0} - 1);
   block.state = state;
   count(1);
+  if (state != BlockState::pooled) layer.front = std::min(layer.front, key.block);
 }
 
 void BlockMap::enter_device(const BlockKey& key, FrameIndex device) {
@@ -210,10 +272,27 @@ void BlockMap::leave_device(const BlockKey& key) {
   block.device = no_frame;
 }
 
-void BlockMap::leave_pool(Block& block) {
+void BlockMap::enter_pool(const BlockKey& key, FrameIndex pool) {
+  at(key).pool = pool;
+  add_to(key.branch->layers[key.layer].runs, key.block, pool);
+}
+
+void BlockMap::leave_pool(const BlockKey& key) {
+  Block& block = at(key);
   if (block.pool == no_frame) return;
-  pool_.release(block.pool);
-  block.pool = no_frame;
+  pool_.release(std::exchange(block.pool, no_frame));
+  std::vector<PoolRun>& runs = key.branch->layers[key.layer].runs;
+  const auto run = std::ranges::upper_bound(runs, key.block, {}, &PoolRun::first_block) - 1;
+  const std::uint32_t before = key.block - run->first_block;
+  const PoolRun after{key.block + 1, run->pool + before + 1, run->count - before - 1};
+  run->count = before;
+  if (after.count > 0 && before > 0) {
+    runs.insert(run + 1, after);
+  } else if (after.count > 0) {
+    *run = after;
+  } else if (before == 0) {
+    runs.erase(run);
+  }
 }
 
 void BlockMap::lengthen(LayerBlocks& layer) { layer.blocks.emplace_back(); }
@@ -232,7 +311,7 @@ void BlockMap::place(const BlockKey& key, FrameIndex device) {
 
 void BlockMap::begin_write(const BlockKey& key, FrameIndex pool) {
   require(at(key).state == BlockState::dirty, "BlockMap::begin_write: the block is not dirty.");
-  at(key).pool = pool;
+  enter_pool(key, pool);
   set_state(key, BlockState::writing);
 }
 
@@ -243,7 +322,7 @@ void BlockMap::commit_write(const BlockKey& key) {
 
 void BlockMap::fail_write(const BlockKey& key) {
   require(at(key).state == BlockState::writing, "BlockMap::fail_write: no write is in flight.");
-  leave_pool(at(key));
+  leave_pool(key);
   set_state(key, BlockState::dirty);
 }
 
@@ -272,10 +351,10 @@ void BlockMap::fail_load(const BlockKey& key) {
 }
 
 void BlockMap::soil(const BlockKey& key) {
-  Block& block = at(key);
+  const Block& block = at(key);
   if (block.state == BlockState::dirty) return;
   require(block.state == BlockState::clean, "BlockMap::soil: the block is not on the device.");
-  leave_pool(block);
+  leave_pool(key);
   set_state(key, BlockState::dirty);
 }
 
@@ -290,7 +369,7 @@ void BlockMap::relocate(const BlockKey& key, FrameIndex device) {
 void BlockMap::drop(const BlockKey& key) {
   require(!at(key).in_flight(), "BlockMap::drop: a transfer of the block is in flight.");
   leave_device(key);
-  leave_pool(at(key));
+  leave_pool(key);
   list(key, no_table_frame);
   set_state(key, BlockState::empty);
 }
@@ -385,15 +464,16 @@ void BlockMap::check_paths() const {
 void BlockMap::check_layer(Branch& branch, std::uint32_t layer,
                            std::vector<bool>& pool_seen) const {
   const LayerBlocks& blocks = branch.layers[layer];
-  std::uint32_t present = 0;
-  std::uint32_t pooled = 0;
-  for (std::uint32_t index = 0; index < blocks.blocks.size(); ++index) {
+  std::uint32_t away = 0;
+  for (std::uint32_t index = 0; index < blocks.size(); ++index) {
+    const Block& block = blocks.blocks[index];
     check_block({&branch, layer, index}, pool_seen);
-    present += blocks.blocks[index].present() ? 1 : 0;
-    pooled += blocks.blocks[index].state == BlockState::pooled ? 1 : 0;
+    away += block.away() ? 1 : 0;
+    require(index < blocks.gone || index >= blocks.front || block.state == BlockState::pooled,
+            "check: a block at the front of a layer is not only in the pool.");
   }
-  require(present == blocks.present && pooled == blocks.pooled,
-          "check: a layer's counts of blocks are wrong.");
+  require(away == blocks.away, "check: a layer's count of blocks away is wrong.");
+  require(runs_of(blocks.blocks) == blocks.runs, "check: a layer's runs in the pool are wrong.");
 }
 
 void BlockMap::check_frames() const {
@@ -401,13 +481,16 @@ void BlockMap::check_frames() const {
   std::uint32_t set_aside = 0;
   std::vector<bool> pool_seen(pool_.capacity());
   for (const auto& [id, branch] : branches_) {
+    std::uint32_t away = 0;
     for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
       check_layer(const_cast<Branch&>(branch), layer, pool_seen);
+      away += branch.layers[layer].away;
       set_aside += branch.layers[layer].extent.count;
       for (const Block& block : branch.layers[layer].blocks) {
         if (block.state != BlockState::empty) ++counts[static_cast<std::size_t>(block.state)];
       }
     }
+    require(away == branch.away, "check: a branch's count of blocks away is wrong.");
   }
   require(counts == counts_, "check: the counts of blocks by state are wrong.");
   require(set_aside == set_aside_, "check: the count of pool frames set aside is wrong.");

@@ -51,20 +51,63 @@ struct Block {
   [[nodiscard]] bool present() const {
     return state == BlockState::dirty || state == BlockState::writing || state == BlockState::clean;
   }
+  [[nodiscard]] bool away() const {
+    return state == BlockState::pooled || state == BlockState::loading;
+  }
   [[nodiscard]] bool in_flight() const {
     return state == BlockState::writing || state == BlockState::loading;
   }
 };
 
-// The blocks of one layer of one branch; indices count from the branch's first block.
+// Adjacent blocks of one layer in adjacent pool frames.
+struct PoolRun {
+  std::uint32_t first_block = 0;
+  FrameIndex pool = no_frame;
+  std::uint32_t count = 0;
+
+  [[nodiscard]] std::uint32_t end() const { return first_block + count; }
+  [[nodiscard]] bool is_at(std::uint32_t block, FrameIndex frame) const {
+    return first_block == block && pool == frame;
+  }
+  [[nodiscard]] bool ends_at(std::uint32_t block, FrameIndex frame) const {
+    return end() == block && pool + count == frame;
+  }
+  friend bool operator==(const PoolRun&, const PoolRun&) = default;
+};
+
+// The blocks of one layer of one branch; indices count from the branch's first block. What is asked
+// of many blocks in every step is known without a look at each.
 struct LayerBlocks {
   std::vector<Block> blocks;
-  std::uint32_t present = 0;   // blocks readable on the device
-  std::uint32_t pooled = 0;    // blocks only in the pool
+  std::vector<PoolRun> runs;   // all that have a pool frame, in order
+  std::uint32_t away = 0;      // blocks that cannot be read on the device: pooled, or being loaded
+  std::uint32_t front = 0;     // blocks [gone, front) are pooled, perhaps more after them
   std::uint32_t gone = 0;      // blocks [0, gone) are empty: no row sees them any more
   std::uint32_t streamed = 0;  // blocks [0, streamed) are not kept on the device: the plan in force
   std::uint32_t written = 0;   // where the search for full blocks without a pool copy starts
   FrameRun extent;             // pool frames set aside for this layer's next blocks
+
+  [[nodiscard]] std::uint32_t size() const { return static_cast<std::uint32_t>(blocks.size()); }
+
+  [[nodiscard]] bool is_in_front(std::uint32_t block) const {
+    return block >= gone && block < front;
+  }
+  [[nodiscard]] bool is_pooled(std::uint32_t block) const {
+    return is_in_front(block) || blocks[block].state == BlockState::pooled;
+  }
+
+  // The end of the adjacent blocks from one on, before `end`, that are only in the pool, or that
+  // can be read where they lie on the device: the block itself where it is none.
+  [[nodiscard]] std::uint32_t pooled_end(std::uint32_t block, std::uint32_t end);
+  [[nodiscard]] std::uint32_t present_end(std::uint32_t block, std::uint32_t end) const;
+};
+
+// How far the plan in force streams a branch in the layers of one window, and what it was told by.
+struct Boundary {
+  std::uint32_t streamed_frames = no_frame;  // of all those layers together; until then not known
+  std::uint32_t gone = 0;
+  std::uint32_t held = no_frame;
+  friend bool operator==(const Boundary&, const Boundary&) = default;
 };
 
 struct Sequence;
@@ -75,8 +118,11 @@ struct Branch {
   std::uint32_t full = 0;   // how many of its blocks, from the first on, are full and committed
   std::vector<Sequence*> users;  // whose path it is on
   std::vector<LayerBlocks> layers;
-  std::uint32_t in_flight = 0;  // transfers under way
-  std::string error;            // first failure not yet told to the caller
+  std::vector<Boundary> boundaries;  // by window
+  std::uint32_t away = 0;            // blocks that cannot be read on the device, of all layers
+  std::uint32_t open = no_frame;     // the partial block, once it is on the device alone
+  std::uint32_t in_flight = 0;       // transfers under way
+  std::string error;                 // first failure not yet told to the caller
 
   // Of the step that runs, or ran last.
   bool active = false;            // read in it
@@ -145,10 +191,8 @@ class BlockMap {
     return key.branch->layers[key.layer].blocks[key.block];
   }
 
-  // Where a pooled block is while it is read.
-  void show(const BlockKey& key, FrameIndex device) {
-    list(key, static_cast<std::int32_t>(device));
-  }
+  // Where pooled blocks from one on are while they are read: in adjacent frames.
+  void show(const BlockKey& key, FrameRun device);
 
   // Where each block of each sequence lies; of a pooled one, where it was shown last.
   [[nodiscard]] const BlockTables& tables() const { return tables_; }
@@ -194,8 +238,9 @@ class BlockMap {
   void set_state(const BlockKey& key, BlockState state);
   void enter_device(const BlockKey& key, FrameIndex device);
   void leave_device(const BlockKey& key);
-  void leave_pool(Block& block);
-  void rename(Branch& branch, std::uint32_t layer);
+  void enter_pool(const BlockKey& key, FrameIndex pool);
+  void leave_pool(const BlockKey& key);
+  void rename(Branch& branch);
   void list(const BlockKey& key, std::int32_t device);
   void check_layer(Branch& branch, std::uint32_t layer, std::vector<bool>& pool_seen) const;
   void check_block(const BlockKey& key, std::vector<bool>& pool_seen) const;

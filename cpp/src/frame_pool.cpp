@@ -1,4 +1,4 @@
-// The bitmap behind FramePool: word-wise searches, no allocation after construction.
+// The bitmap behind FramePool, in two levels: word-wise searches, no allocation after construction.
 #include "frame_pool.hpp"
 
 #include <algorithm>
@@ -16,24 +16,31 @@ constexpr std::uint32_t word_bits = 64;
 // full search costs milliseconds and finds nothing.
 constexpr std::uint32_t runs_max = 256;
 
-std::uint32_t word_of(FrameIndex frame) { return frame / word_bits; }
-std::uint64_t bit_of(FrameIndex frame) { return std::uint64_t{1} << (frame % word_bits); }
+std::uint32_t words_for(std::uint32_t bits) { return (bits + word_bits - 1) / word_bits; }
+std::uint32_t word_of(std::uint32_t bit) { return bit / word_bits; }
+std::uint64_t bit_of(std::uint32_t bit) { return std::uint64_t{1} << (bit % word_bits); }
+std::uint32_t lowest_bit(std::uint64_t word) {
+  return static_cast<std::uint32_t>(std::countr_zero(word));
+}
 
 }  // namespace
 
 FramePool::FramePool(std::uint32_t capacity, std::uint32_t limit)
-    : capacity_(capacity), bits_((capacity + word_bits - 1) / word_bits) {
+    : capacity_(capacity), bits_(words_for(capacity)), groups_(words_for(words_for(capacity))) {
   require(limit <= capacity, "FramePool: limit is above capacity.");
   set_limit(limit);
 }
 
 void FramePool::mark(FrameIndex frame, bool free) {
+  const std::uint32_t word = word_of(frame);
   if (free) {
-    bits_[word_of(frame)] |= bit_of(frame);
+    bits_[word] |= bit_of(frame);
+    groups_[word_of(word)] |= bit_of(word);
+    lowest_group_ = std::min(lowest_group_, word_of(word));
     ++free_;
-    lowest_word_ = std::min(lowest_word_, word_of(frame));
   } else {
-    bits_[word_of(frame)] &= ~bit_of(frame);
+    bits_[word] &= ~bit_of(frame);
+    if (bits_[word] == 0) groups_[word_of(word)] &= ~bit_of(word);
     --free_;
   }
 }
@@ -44,9 +51,9 @@ bool FramePool::is_free(FrameIndex frame) const {
 
 FrameIndex FramePool::acquire() {
   if (free_ == 0) return no_frame;
-  while (bits_[lowest_word_] == 0) ++lowest_word_;
-  const auto offset = static_cast<std::uint32_t>(std::countr_zero(bits_[lowest_word_]));
-  const FrameIndex frame = lowest_word_ * word_bits + offset;
+  while (groups_[lowest_group_] == 0) ++lowest_group_;
+  const std::uint32_t word = lowest_group_ * word_bits + lowest_bit(groups_[lowest_group_]);
+  const FrameIndex frame = word * word_bits + lowest_bit(bits_[word]);
   mark(frame, false);
   return frame;
 }
@@ -123,7 +130,7 @@ void FramePool::set_limit(std::uint32_t limit) {
   }
   limit_ = limit;
   run_end_ = limit;
-  lowest_word_ = 0;
+  lowest_group_ = 0;
 }
 
 void FramePool::retire(std::uint32_t limit) {
@@ -136,7 +143,7 @@ void FramePool::retire(std::uint32_t limit) {
   }
   limit_ = std::min(limit_, limit);
   run_end_ = limit_;
-  lowest_word_ = 0;
+  lowest_group_ = 0;
 }
 
 void FramePool::resize(std::uint32_t capacity, std::uint32_t limit) {
@@ -144,7 +151,8 @@ void FramePool::resize(std::uint32_t capacity, std::uint32_t limit) {
   require(limit_ <= capacity && retired_.empty(),
           "FramePool::resize: a frame to give up is in use.");
   capacity_ = capacity;
-  bits_.resize((capacity + word_bits - 1) / word_bits);
+  bits_.resize(words_for(capacity));
+  groups_.resize(words_for(words_for(capacity)));
   set_limit(limit);
 }
 
@@ -152,6 +160,10 @@ void FramePool::check() const {
   std::uint32_t counted = 0;
   for (const std::uint64_t word : bits_) counted += static_cast<std::uint32_t>(std::popcount(word));
   require(counted == free_, "FramePool::check: the bitmap and the count of free frames differ.");
+  for (std::uint32_t word = 0; word < bits_.size(); ++word) {
+    const bool some = (groups_[word_of(word)] & bit_of(word)) != 0;
+    require(some == (bits_[word] != 0), "FramePool::check: a group of the bitmap is wrong.");
+  }
   require(free_ <= limit_, "FramePool::check: more frames are free than usable.");
   for (FrameIndex frame = limit_; frame < capacity_; ++frame) {
     require((bits_[word_of(frame)] & bit_of(frame)) == 0,

@@ -62,9 +62,10 @@ class FramePool {
   std::uint32_t capacity_;
   std::uint32_t limit_ = 0;
   std::uint32_t free_ = 0;
-  std::uint32_t lowest_word_ = 0;           // no free frame lies in a word below this one
+  std::uint32_t lowest_group_ = 0;          // no free frame lies in a group of words below this one
   FrameIndex run_end_ = 0;                  // where the search for the next run starts, downwards
   std::vector<std::uint64_t> bits_;         // 1: free
+  std::vector<std::uint64_t> groups_;       // by word of `bits_`; 1: some frame in it is free
   std::unordered_set<FrameIndex> retired_;  // at or above the limit, and still in use
 };
 

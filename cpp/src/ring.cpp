@@ -90,16 +90,18 @@ std::uint32_t Ring::ask(Branch& branch, std::uint32_t layer, std::uint32_t first
 void Ring::close() {
   if (open_ == no_segment) return;
   const std::uint32_t index = std::exchange(open_, no_segment);
-  std::vector<Load> loads;
-  loads.swap(asked_);
-  submit(index, loads, deps_of(index));
-  segments_[index].unread += static_cast<std::uint32_t>(loads.size());
-  queue_.insert(queue_.end(), loads.begin(), loads.end());
+  list_deps(index);
+  std::vector<Load> loads = std::exchange(asked_, std::exchange(spare_, {}));
+  const std::vector<Load>& started = submit(index, std::move(loads));
+  segments_[index].unread += static_cast<std::uint32_t>(started.size());
+  queue_.insert(queue_.end(), started.begin(), started.end());
 }
 
-std::vector<Dep> Ring::deps_of(std::uint32_t index) const {
+// What the copies into a segment wait for.
+void Ring::list_deps(std::uint32_t index) {
   const Segment& segment = segments_[index];
-  std::vector<Dep> deps;
+  std::vector<Dep>& deps = deps_;
+  deps.clear();
   // From the last on: on a stream the last copies into a segment wait for those before them, and
   // the host runs far ahead of all.
   bool last = false;
@@ -117,25 +119,27 @@ std::vector<Dep> Ring::deps_of(std::uint32_t index) const {
   } else {
     deps.push_back({segment.readers, {}});
   }
-  return deps;
 }
 
-// One ticket for loads of one segment, which take its name.
-void Ring::submit(std::uint32_t index, std::vector<Load>& loads, std::vector<Dep> after) {
-  std::vector<Copy> copies;
+// One ticket for loads of one segment, which take its name, after what is listed.
+const std::vector<Load>& Ring::submit(std::uint32_t index, std::vector<Load> loads) {
+  copies_.clear();
   for (const Load& load : loads) {
-    const std::vector<Block>& blocks = load.branch->layers[load.layer].blocks;
-    for (std::uint32_t i = 0; i < load.count; ++i) {
-      add_copy({Tier::pool, blocks[load.first_block + i].pool}, {Tier::device, load.device + i},
-               copies);
+    const std::vector<PoolRun>& runs = load.branch->layers[load.layer].runs;
+    auto run = std::ranges::upper_bound(runs, load.first_block, {}, &PoolRun::first_block) - 1;
+    for (std::uint32_t block = load.first_block; block < load.end(); block = run++->end()) {
+      const std::uint32_t count = std::min(run->end(), load.end()) - block;
+      copies_.push_back({{Tier::pool, run->pool + block - run->first_block},
+                         {Tier::device, load.device + block - load.first_block},
+                         count});
     }
   }
-  Flight flight{{}, index, false, loads};
   flights_.reserve(flights_.size() + 1);  // from here on nothing is forgotten
-  flight.ticket = transfers_.fetch(copies, after);
+  const Ticket ticket = transfers_.fetch(copies_, deps_);
   segments_[index].fresh = false;
-  for (Load& load : loads) load.ticket = flight.ticket;
-  flights_.push_back(std::move(flight));
+  for (Load& load : loads) load.ticket = ticket;
+  flights_.push_back({ticket, index, false, std::move(loads)});
+  return flights_.back().loads;
 }
 
 // ---- reading ------------------------------------------------------------------------------------
@@ -265,8 +269,10 @@ void Ring::land() {
   while (!transfers_.fetched().empty()) {
     const Completion completion = transfers_.fetched().back();
     transfers_.fetched().pop_back();
-    std::erase_if(flights_,
-                  [&](const Flight& flight) { return flight.ticket == completion.ticket; });
+    const auto flight = std::ranges::find(flights_, completion.ticket, &Flight::ticket);
+    if (flight->loads.capacity() > spare_.capacity()) spare_ = std::move(flight->loads);
+    spare_.clear();
+    flights_.erase(flight);
     if (completion.status != Status::ok && !streams_) retry(completion);
   }
 }
@@ -289,10 +295,9 @@ void Ring::retry(const Completion& completion) {
     }
     ++load.tries;
     transfers_.count_retry();
-    std::vector<Load> alone{load};
-    submit(load.segment, alone, {});
+    deps_.clear();
+    queue_.push_front(submit(load.segment, {load}).front());
     ++segments_[load.segment].unread;
-    queue_.push_front(alone.front());
   }
 }
 

@@ -126,8 +126,8 @@ class Ring {
   template <typename Change>
   void change(const Change& drops);
   [[nodiscard]] bool open();
-  void submit(std::uint32_t segment, std::vector<Load>& loads, std::vector<Dep> after);
-  [[nodiscard]] std::vector<Dep> deps_of(std::uint32_t segment) const;
+  const std::vector<Load>& submit(std::uint32_t segment, std::vector<Load> loads);
+  void list_deps(std::uint32_t segment);
   void retry(const Completion& completion);
   void leave(std::uint32_t first_segment);
 
@@ -141,6 +141,9 @@ class Ring {
   std::deque<Load> queue_;  // in the order of reading
   std::vector<Flight> flights_;
   std::vector<Load> asked_;  // of the open segment, not submitted
+  std::vector<Load> spare_;  // empty; kept for its memory, as are the next two between calls
+  std::vector<Copy> copies_;
+  std::vector<Dep> deps_;
   std::uint32_t open_ = no_segment;
   std::uint32_t next_ = 0;   // where the search for a free segment starts
   std::uint32_t taken_ = 0;  // loads, in all segments

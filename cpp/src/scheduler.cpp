@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <deque>
 #include <map>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <utility>
@@ -38,7 +39,7 @@ std::uint32_t Scheduler::blocks_of(std::uint32_t tokens) const {
 
 // The first block that the row at `position` reads in a layer with this window.
 std::uint32_t Scheduler::first_block(std::uint32_t position, std::uint32_t window) const {
-  return Geometry::first_seen(position, window) / geometry_.block_tokens;
+  return window == 0 ? 0 : Geometry::first_seen(position, window) / geometry_.block_tokens;
 }
 
 // ---- planning -----------------------------------------------------------------------------------
@@ -74,8 +75,8 @@ void Scheduler::open_batch(std::span<const Growth> batch) {
     const std::uint32_t size = geometry_.block_tokens;
     const bool partial = sequence.tokens % size != 0;
     Branch* last = sequence.path.empty() ? nullptr : sequence.path.back();
-    const std::uint32_t users =
-        last == nullptr ? 0 : static_cast<std::uint32_t>(last->users.size()) - leaving[last];
+    auto users = last == nullptr ? 0 : static_cast<std::uint32_t>(last->users.size());
+    if (users > 1) users -= leaving[last];
     if (users == 1) {
       growth.branch = last;
       last->full = sequence.tokens / size - last->first;
@@ -122,16 +123,31 @@ bool Scheduler::ends_with_full_blocks() const {
   });
 }
 
-BranchView Scheduler::view_of(const Branch& branch, const LayerClass& layers) const {
+// The plan counts streamed blocks from the first that is still seen, without the held one.
+std::uint32_t Scheduler::streamed_frames(const Branch& branch, std::uint32_t window) const {
+  const LayerClass& layers = classes_[window];
+  const std::uint32_t gone = branch.layers[layers.layers.front()].gone;
+  if (window < branch.boundaries.size()) {
+    const Boundary& last = branch.boundaries[window];
+    if (last.gone == gone && last.held == branch.held) return last.streamed_frames;
+  }
+  std::uint32_t frames = 0;
+  for (const std::uint32_t layer : layers.layers) {
+    const std::uint32_t streamed = branch.layers[layer].streamed;
+    frames += streamed - gone - (streamed > branch.held ? 1 : 0);
+  }
+  return frames;
+}
+
+BranchView Scheduler::view_of(const Branch& branch, std::uint32_t window) const {
+  const LayerClass& layers = classes_[window];
   const std::uint32_t size = geometry_.block_tokens;
   const std::uint32_t gone = branch.layers[layers.layers.front()].gone;
   BranchView view;
   view.layers = static_cast<std::uint32_t>(layers.layers.size());
   view.active = branch.active;
-  for (const std::uint32_t layer : layers.layers) {
-    const std::uint32_t streamed = branch.layers[layer].streamed;
-    view.streamed_frames += streamed - gone - (streamed > branch.held ? 1 : 0);
-  }
+  view.layer_class = window;
+  view.streamed_frames = streamed_frames(branch, window);
   if (branch.grows_to == 0) {
     view.full_blocks = branch.full - gone;
     view.pinned_blocks = branch.blocks() - branch.full;
@@ -149,10 +165,7 @@ Snapshot Scheduler::snapshot(std::uint32_t device_frames, std::uint32_t pool_fra
                              std::vector<BranchView>& views) const {
   views.clear();
   for (const auto& [id, branch] : map_.branches()) {
-    for (std::uint32_t i = 0; i < classes_.size(); ++i) {
-      views.push_back(view_of(branch, classes_[i]));
-      views.back().layer_class = i;
-    }
+    for (std::uint32_t i = 0; i < classes_.size(); ++i) views.push_back(view_of(branch, i));
   }
   Snapshot result;
   result.layers = geometry_.layers;
@@ -209,21 +222,28 @@ void Scheduler::admit_on_device(const Snapshot& snapshot, const Plan& plan,
                      ": give a pool (pool_bytes) with policy 'fit', or raise device_bytes."));
 }
 
-// The plan counts streamed blocks from the first that is still seen, without the held one: a prefix
-// that reaches beyond that one takes one block more.
 void Scheduler::apply(const Plan& plan) {
   std::size_t index = 0;
   for (auto& [id, branch] : map_.branches()) {
-    for (const LayerClass& layers : classes_) {
-      const std::uint32_t frames = plan.streamed_frames[index++];
-      const auto count = static_cast<std::uint32_t>(layers.layers.size());
-      for (std::uint32_t i = 0; i < count; ++i) {
-        const std::uint32_t layer = layers.layers[i];
-        const std::uint32_t streamed =
-            branch.layers[layer].gone + streamed_blocks(frames, i, count);
-        set_streamed(branch, layer, streamed + (streamed > branch.held ? 1 : 0));
-      }
+    branch.boundaries.resize(classes_.size());
+    for (std::uint32_t window = 0; window < classes_.size(); ++window) {
+      const std::uint32_t gone = branch.layers[classes_[window].layers.front()].gone;
+      const Boundary boundary{plan.streamed_frames[index++], gone, branch.held};
+      if (boundary == branch.boundaries[window]) continue;
+      branch.boundaries[window] = boundary;
+      set_streamed(branch, classes_[window].layers, boundary.streamed_frames);
     }
+  }
+}
+
+// A prefix that reaches beyond the held block takes one block more than the plan counts.
+void Scheduler::set_streamed(Branch& branch, std::span<const std::uint32_t> layers,
+                             std::uint32_t frames) {
+  const auto count = static_cast<std::uint32_t>(layers.size());
+  for (std::uint32_t i = 0; i < count; ++i) {
+    const std::uint32_t streamed =
+        branch.layers[layers[i]].gone + streamed_blocks(frames, i, count);
+    set_streamed(branch, layers[i], streamed + (streamed > branch.held ? 1 : 0));
   }
 }
 
@@ -327,12 +347,14 @@ void Scheduler::open_tail(Growth& growth) {
   if (growth.shared != nullptr) return copy_tail(growth);
   Branch& branch = *growth.branch;
   const std::uint32_t index = growth.sequence->tokens / geometry_.block_tokens - branch.first;
-  if (index >= branch.blocks()) return;
+  if (index >= branch.blocks() || index == branch.open) return;
   for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
     const BlockKey key{&branch, layer, index};
     load_now(key);
     soil(key);
+    transfers_.before_write(BlockMap::at(key).device);
   }
+  branch.open = index;
 }
 
 // Copies the shared block to the sequence's own branch, which then takes its place.
@@ -397,6 +419,7 @@ void Scheduler::set_visits(std::vector<Visit> visits) {
   layer_ = 0;
   wave_ = 0;
   appended_ = false;
+  present_layer_ = no_layer;
   rows_ = visits_.back().first_row + visits_.back().rows;
   slots_.resize(std::size_t{geometry_.layers} * rows_);
   plan_readings();
@@ -434,14 +457,59 @@ void Scheduler::run_layer(std::uint32_t layer, LayerKernel& kernel) {
   appended_ = false;
   ready_ = false;
   running_ = true;
-  for (std::size_t i = 0; i < visits_.size(); ++i) {
-    const std::uint32_t begin = first_block(visits_[i].position, geometry_.window(layer));
-    progress_[i] = {begin, begin, begin};
-  }
   land();
   raise_errors();
   cursor_ = std::max(cursor_, {layer_, 0, 0});
   pump();
+  if (readings_.back().wave == 0) append_wave(kernel);
+  if (is_present()) {
+    attend_present(kernel);
+  } else {
+    read_layer(kernel);
+  }
+  if (!shape_.whole_layers) end_layer();
+}
+
+// Whether all that the layer reads lies on the device, so that one call can read it.
+bool Scheduler::is_present() const {
+  const bool loading = capabilities_.streams && transfers_.loading();
+  return appended_ && !loading && std::ranges::all_of(readings_, [](const Reading& reading) {
+           return reading.branch->away == 0;
+         });
+}
+
+// The pieces differ from those of the layer before by their tables, where the window is the same:
+// with nothing streamed a layer costs no more than that.
+void Scheduler::attend_present(LayerKernel& kernel) {
+  const BlockTables& tables = map_.tables();
+  const bool same =
+      present_layer_ != no_layer && geometry_.window(present_layer_) == geometry_.window(layer_);
+  if (same) {
+    const std::ptrdiff_t ahead = tables.row(layer_, 0) - tables.row(present_layer_, 0);
+    for (KvPiece& piece : pieces_) piece.frames.table += ahead;
+  } else {
+    pieces_.clear();
+    start_visits();
+    for (std::size_t i = 0; i < visits_.size(); ++i) {
+      progress_[i].ready = blocks_of(visits_[i].kv_end());
+      add_piece(i);
+    }
+  }
+  present_layer_ = layer_;
+  kernel.attend(layer_, pieces_);
+  land();
+}
+
+void Scheduler::start_visits() {
+  for (std::size_t i = 0; i < visits_.size(); ++i) {
+    const std::uint32_t begin = first_block(visits_[i].position, geometry_.window(layer_));
+    progress_[i] = {begin, begin, begin};
+  }
+}
+
+void Scheduler::read_layer(LayerKernel& kernel) {
+  present_layer_ = no_layer;
+  start_visits();
   for (std::size_t i = 0; i < readings_.size(); ++i) {
     if (readings_[i].wave != wave_) {
       flush(kernel);
@@ -452,7 +520,6 @@ void Scheduler::run_layer(std::uint32_t layer, LayerKernel& kernel) {
     read_branch(i, kernel);
   }
   flush(kernel);
-  if (!shape_.whole_layers) end_layer();
 }
 
 // What the layer has read may leave. What comes next into the ring waits for the readers.
@@ -468,10 +535,9 @@ void Scheduler::read_branch(std::size_t index, LayerKernel& kernel) {
   cursor_ = std::max(cursor_, {layer_, index, 0});
   const LayerBlocks& layer = branch.layers[layer_];
   const std::uint32_t seen = first_block(reading.position, geometry_.window(layer_));
-  const auto end = static_cast<std::uint32_t>(layer.blocks.size());
+  const std::uint32_t end = layer.size();
   for (std::uint32_t block = seen - std::min(seen, branch.first); block < end;) {
-    std::uint32_t ready = layer.present + layer.gone == end ? end : block;
-    while (ready < end && layer.blocks[ready].present()) ++ready;
+    std::uint32_t ready = layer.present_end(block, end);
     if (ready == block) ready = std::min(end, fetch(index, block, kernel));
     if (ready == block) continue;
     collect(reading, block, ready);
@@ -493,25 +559,31 @@ void Scheduler::append_wave(LayerKernel& kernel) {
   if (several) pump();
 }
 
+// A block that is there already is open: what its first token needs was seen to.
 void Scheduler::append(const Visit& visit, LayerKernel& kernel) {
-  Branch& branch = *visit.sequence->path.back();
-  LayerBlocks& layer = branch.layers[layer_];
   const std::uint32_t size = geometry_.block_tokens;
+  const std::int32_t* table = map_.tables().row(layer_, visit.sequence->row);
   std::int64_t* slots = slots_.data() + std::size_t{layer_} * rows_ + visit.first_row;
-  for (std::uint32_t token = visit.position; token < visit.kv_end();) {
-    const std::uint32_t index = token / size - branch.first;
-    if (index == layer.blocks.size()) {
-      if (map_.device().free() == 0) store(kernel);
-      const FrameIndex frame = take_frame();
-      BlockMap::lengthen(layer);
-      map_.place({&branch, layer_, index}, frame);
-    }
-    const FrameIndex frame = layer.blocks[index].device;
-    transfers_.before_write(frame);
-    const std::uint32_t end = std::min(token - token % size + size, visit.kv_end());
-    for (; token < end; ++token) *slots++ = std::int64_t{frame} * size + token % size;
-    slotted_ = visit.first_row + token - visit.position;
+  std::uint32_t block = visit.position / size;
+  std::uint32_t offset = visit.position % size;
+  for (std::uint32_t done = 0; done < visit.rows; ++block, offset = 0) {
+    if (offset == 0) add_block(*visit.sequence->path.back(), kernel);
+    const std::uint32_t rows = std::min(size - offset, visit.rows - done);
+    std::iota(slots, slots + rows, std::int64_t{table[block]} * size + offset);
+    slots += rows;
+    done += rows;
+    slotted_ = visit.first_row + done;
   }
+}
+
+// One more block at the end of the layer that runs.
+void Scheduler::add_block(Branch& branch, LayerKernel& kernel) {
+  if (map_.device().free() == 0) store(kernel);
+  const FrameIndex frame = take_frame();
+  LayerBlocks& layer = branch.layers[layer_];
+  BlockMap::lengthen(layer);
+  map_.place({&branch, layer_, layer.size() - 1}, frame);
+  transfers_.before_write(frame);
 }
 
 // Has the kernel fill the slots that were found since the last call, and writes what is full and
@@ -550,15 +622,13 @@ void Scheduler::write_begun(const Visit& visit, std::uint32_t full) {
 // from it on that now are: `index` itself where it is not there yet.
 std::uint32_t Scheduler::fetch(std::size_t reading, std::uint32_t index, LayerKernel& kernel) {
   const BlockKey key{readings_[reading].branch, layer_, index};
-  if (BlockMap::at(key).state == BlockState::pooled) {
-    const Load* load = ring_.find(key);
-    if (load != nullptr && (capabilities_.streams || ring_.arrived(*load))) return take(load, key);
-    if (load == nullptr) {
-      ask_now(reading, key, kernel);
-      return index;
-    }
+  const Load* load = ring_.find(key);
+  if (load != nullptr && (capabilities_.streams || ring_.arrived(*load))) return take(load, key);
+  if (load == nullptr && BlockMap::at(key).state == BlockState::pooled) {
+    ask_now(reading, key, kernel);
+  } else {
+    wait_for(kernel);
   }
-  wait_for(kernel);
   return index;
 }
 
@@ -575,9 +645,7 @@ void Scheduler::wait_for(LayerKernel& kernel) {
 // Takes a load that is there, or that the stream is made to wait for, and shows where it lies.
 std::uint32_t Scheduler::take(const Load* found, const BlockKey& key) {
   const Load load = ring_.take(found, capabilities_.streams);
-  for (std::uint32_t b = key.block; b < load.end(); ++b) {
-    map_.show({key.branch, key.layer, b}, load.device + b - load.first_block);
-  }
+  map_.show(key, {load.device + key.block - load.first_block, load.end() - key.block});
   return load.end();
 }
 
@@ -620,7 +688,7 @@ void Scheduler::flush(LayerKernel& kernel) {
   for (std::size_t i = 0; i < visits_.size(); ++i) {
     Progress& progress = progress_[i];
     if (progress.ready == progress.read) continue;
-    pieces_.push_back(piece_of(i));
+    add_piece(i);
     progress.read = progress.ready;
   }
   kernel.attend(layer_, pieces_);
@@ -630,10 +698,10 @@ void Scheduler::flush(LayerKernel& kernel) {
 }
 
 // What is ready of a visit and not yet read.
-KvPiece Scheduler::piece_of(std::size_t index) const {
+void Scheduler::add_piece(std::size_t index) {
   const Visit& visit = visits_[index];
   const Progress& progress = progress_[index];
-  KvPiece piece;
+  KvPiece& piece = pieces_.emplace_back();
   piece.sequence = visit.sequence->id;
   piece.entry = visit.entry;
   piece.first_row = visit.first_row;
@@ -645,7 +713,6 @@ KvPiece Scheduler::piece_of(std::size_t index) const {
   piece.last = piece.kv_end == visit.kv_end();
   piece.frames = {backend_.address(0), capabilities_.frame_stride,
                   map_.tables().row(layer_, visit.sequence->row) + progress.read};
-  return piece;
 }
 
 // ---- ahead of the layers ------------------------------------------------------------------------
@@ -683,17 +750,18 @@ bool Scheduler::seek_pooled() {
 // Nothing but the streamed blocks at the front is looked through where all in the pool may be
 // there.
 bool Scheduler::seek_in(const Reading& reading, std::uint32_t layer) {
-  const LayerBlocks& blocks = reading.branch->layers[layer];
-  if (blocks.pooled == 0) return false;
-  const auto size = static_cast<std::uint32_t>(blocks.blocks.size());
-  const bool all = blocks.pooled > blocks.streamed - std::min(blocks.streamed, blocks.gone);
+  LayerBlocks& blocks = reading.branch->layers[layer];
+  if (blocks.away == 0) return false;
+  const std::uint32_t size = blocks.size();
+  const bool all = blocks.away > blocks.streamed - std::min(blocks.streamed, blocks.gone);
   const std::uint32_t end = all ? size : std::min(size, blocks.streamed);
   const std::uint32_t seen = first_block(reading.position, geometry_.window(layer));
   cursor_.block = std::max(cursor_.block, seen - std::min(seen, reading.branch->first));
-  while (cursor_.block < end && blocks.blocks[cursor_.block].state != BlockState::pooled) {
-    ++cursor_.block;
+  for (; cursor_.block < end; ++cursor_.block) {
+    cursor_.block = blocks.present_end(cursor_.block, end);
+    if (cursor_.block < end && blocks.is_pooled(cursor_.block)) return true;
   }
-  return cursor_.block < end;
+  return false;
 }
 
 BlockKey Scheduler::key_at_cursor() const {
@@ -702,12 +770,10 @@ BlockKey Scheduler::key_at_cursor() const {
 
 // Adjacent blocks in the pool from one on, all of them streamed by the plan or none.
 std::uint32_t Scheduler::run_from(const BlockKey& key) {
-  const LayerBlocks& layer = key.branch->layers[key.layer];
-  const auto size = static_cast<std::uint32_t>(layer.blocks.size());
+  LayerBlocks& layer = key.branch->layers[key.layer];
+  const std::uint32_t size = layer.size();
   const std::uint32_t end = key.block < layer.streamed ? std::min(layer.streamed, size) : size;
-  std::uint32_t b = key.block;
-  while (b < end && layer.blocks[b].state == BlockState::pooled) ++b;
-  return b - key.block;
+  return layer.pooled_end(key.block, end) - key.block;
 }
 
 // What is in the ring from before is kept where the step reads it too. Where a whole layer is read
@@ -785,8 +851,10 @@ void Scheduler::finish() {
   raise_errors();
   const std::uint32_t size = geometry_.block_tokens;
   for (const Growth& growth : batch_) {
+    Branch& branch = *growth.branch;
     growth.sequence->tokens += growth.new_tokens;
-    growth.branch->full = growth.sequence->tokens / size - growth.branch->first;
+    branch.full = growth.sequence->tokens / size - branch.first;
+    if (branch.full > branch.open) branch.open = no_frame;
   }
 }
 

@@ -130,6 +130,8 @@ class Scheduler {
     std::vector<std::uint32_t> visits;
   };
 
+  static constexpr std::uint32_t no_layer = 0xffffffff;
+
   // How far a visit is through the layer that runs, in blocks.
   struct Progress {
     std::uint32_t begin = 0;
@@ -160,13 +162,15 @@ class Scheduler {
   void open_batch(std::span<const Growth> batch);
   void close_batch();
   [[nodiscard]] bool ends_with_full_blocks() const;
-  [[nodiscard]] BranchView view_of(const Branch& branch, const LayerClass& layers) const;
+  [[nodiscard]] std::uint32_t streamed_frames(const Branch& branch, std::uint32_t window) const;
+  [[nodiscard]] BranchView view_of(const Branch& branch, std::uint32_t window) const;
   [[nodiscard]] Snapshot snapshot(std::uint32_t device_frames, std::uint32_t pool_frames,
                                   std::vector<BranchView>& views) const;
   void admit(const Snapshot& snapshot, const Plan& plan, std::uint32_t staging_frames);
   void admit_on_device(const Snapshot& snapshot, const Plan& plan, std::uint32_t staging_frames,
                        const std::string& what) const;
   void apply(const Plan& plan);
+  void set_streamed(Branch& branch, std::span<const std::uint32_t> layers, std::uint32_t frames);
   void set_streamed(Branch& branch, std::uint32_t layer, std::uint32_t streamed);
   [[nodiscard]] std::uint32_t lent_frames() const;
   void divide(std::uint32_t staging_frames, std::uint32_t ring_frames);
@@ -181,10 +185,14 @@ class Scheduler {
   void load_now(const BlockKey& key);
 
   void plan_readings();
+  [[nodiscard]] bool is_present() const;
+  void attend_present(LayerKernel& kernel);
+  void start_visits();
   void read_layer(LayerKernel& kernel);
   void read_branch(std::size_t index, LayerKernel& kernel);
   void append_wave(LayerKernel& kernel);
   void append(const Visit& visit, LayerKernel& kernel);
+  void add_block(Branch& branch, LayerKernel& kernel);
   void store(LayerKernel& kernel);
   void write_begun(const Visit& visit, std::uint32_t full);
   [[nodiscard]] std::uint32_t fetch(std::size_t reading, std::uint32_t block, LayerKernel& kernel);
@@ -193,7 +201,7 @@ class Scheduler {
   void wait_for(LayerKernel& kernel);
   void collect(const Reading& reading, std::uint32_t begin, std::uint32_t end);
   void flush(LayerKernel& kernel);
-  [[nodiscard]] KvPiece piece_of(std::size_t visit) const;
+  void add_piece(std::size_t visit);
   void end_layer();
 
   [[nodiscard]] bool seek_pooled();
@@ -259,12 +267,13 @@ class Scheduler {
   StepShape shape_;
   std::vector<Growth> batch_;
   std::vector<Visit> visits_;
-  std::vector<Reading> readings_;    // wave by wave, in reading order
-  std::vector<Progress> progress_;   // of the visits
-  std::vector<Stretch> written_;     // of the layer that runs: streamed, clean, and still there
-  std::vector<KvPiece> pieces_;      // empty between calls; kept for their memory, as is
-  Cursor cursor_;                    // of what is to be asked for next
-  bool ahead_ = false;               // loads beyond the cursor may be in the ring
+  std::vector<Reading> readings_;   // wave by wave, in reading order
+  std::vector<Progress> progress_;  // of the visits
+  std::vector<Stretch> written_;    // of the layer that runs: streamed, clean, and still there
+  std::vector<KvPiece> pieces_;     // that the kernel was given last
+  std::uint32_t present_layer_ = no_layer;  // of which they are, where all of it was on the device
+  Cursor cursor_;                           // of what is to be asked for next
+  bool ahead_ = false;                      // loads beyond the cursor may be in the ring
   bool ready_ = false;               // some visit has blocks that the kernel was not given yet
   bool running_ = false;             // blocks of `layer_` are in use
   std::uint32_t layer_ = 0;          // that runs

@@ -99,6 +99,7 @@ void Scheduler::cut(Branch& branch, std::uint32_t keep) {
     if (keep == 0) map_.release_extent(blocks);
   }
   branch.full = std::min(branch.full, keep);
+  branch.open = no_frame;
 }
 
 // Blocks [0, at) of a branch become one of their own, which is returned.
