@@ -75,6 +75,7 @@ system-packages:
 	@command -v c++ >/dev/null || { echo "A C++ compiler is needed (Debian: apt-get install g++)"; exit 1; }
 	@wanted=; \
 	$(call has_header,liburing.h) || wanted="$$wanted liburing-dev"; \
+	$(call has_header,xxhash.h) || wanted="$$wanted libxxhash-dev"; \
 	$(call has_header,gtest/gtest.h) || wanted="$$wanted libgtest-dev"; \
 	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || wanted="$$wanted python3-venv"; \
 	$(PYTHON) -c 'import os, sys, sysconfig; \

@@ -827,6 +827,7 @@ void Scheduler::pump() {
     cursor_.block += count;
   }
   ring_.close();
+  transfers_.go_on();
 }
 
 // Into ordinary frames where the plan wants the blocks to stay and some are free, else into the

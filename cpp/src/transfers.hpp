@@ -79,6 +79,11 @@ class Transfers {
   // Applies what has ended, or was submitted to a stream, and returns it; good until the next call.
   const std::vector<Landed>& land();
 
+  // Lets what was submitted begin, where the calling thread has to do that.
+  void go_on() {
+    if (!streams_ && any()) backend_.poll({});
+  }
+
   // Waits until something has ended, or a while.
   void wait();
 

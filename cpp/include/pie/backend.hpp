@@ -122,10 +122,11 @@ class Backend {
   virtual PoolSize resize_pool(std::uint32_t frames) = 0;
   [[nodiscard]] virtual std::string pool_refusal() const = 0;
 
-  // Starts copies that are disjoint and unordered among themselves, once every `after` has passed.
-  // Never blocks. Refuses (LogicError) no copy at all, copies of several lanes, frames out of range
-  // and a Dep that was never submitted. A ticket that waits for one that fails, fails with it; so
-  // does one that is submitted long after that, up to a thousand failures of the lane later.
+  // Starts copies that are disjoint and unordered among themselves, once every `after` has passed;
+  // where the calling thread does it, by the next `poll` or `wait`. Never blocks. Refuses
+  // (LogicError) no copy at all, copies of several lanes, frames out of range and a Dep that was
+  // never submitted. A ticket that waits for one that fails, fails with it; so does one that is
+  // submitted long after that, up to a thousand failures of the lane later.
   //
   // A lane may serve its tickets in turn. That cannot stop for ever: what a ticket or a stream
   // waits for was submitted or recorded before it, so the oldest of all waits for nothing.

@@ -52,8 +52,10 @@ class SegmentIo {
   // Waits for what is in flight, so that memory may be unmapped afterwards.
   virtual ~SegmentIo() = default;
 
-  // Sends a segment on its way; the caller keeps to the limits above.
+  // Sends a segment on its way, at the next `hand_on` at the latest; the caller keeps to the limits
+  // above.
   virtual void start(const Segment& segment) = 0;
+  virtual void hand_on() {}
 
   // Appends the segments that ended since the last call.
   virtual void reap(std::vector<SegmentEnd>& out) = 0;

@@ -56,15 +56,23 @@ class UringIo final : public SegmentIo {
     return -error;
   }
 
-  // Each segment goes to the kernel by itself, so that the disk begins with the first while the
-  // next is prepared. Handing on a whole batch at once saved 5 % of the CPU time, and lost 12 % of
-  // the rate to a disk that had come to rest meanwhile.
+  // Small segments go to the kernel together: on a virtual disk each call is an exit to the machine
+  // below, 20 us where this was measured. Large ones go by themselves, so that the disk begins with
+  // the first while the next is prepared: handing on 32 of them at once lost 12 % of the rate to a
+  // disk that had come to rest meanwhile.
   void start(const Segment& segment) override {
     const unsigned index = free_.back();
     free_.pop_back();
     slots_[index] = {segment, 0};
     prepare(index);
-    hand_on();
+    prepared_ += segment.bytes;
+    if (prepared_ >= segment_bytes) hand_on();
+  }
+
+  void hand_on() override {
+    prepared_ = 0;
+    if (lost_ != 0 || io_uring_sq_ready(&ring_) == 0) return;
+    note(io_uring_submit(&ring_));
   }
 
   void reap(std::vector<SegmentEnd>& out) override {
@@ -109,11 +117,6 @@ class UringIo final : public SegmentIo {
       io_uring_prep_write(entry, file_, rest.memory, bytes, rest.offset);
     }
     io_uring_sqe_set_data64(entry, index);
-  }
-
-  void hand_on() {
-    if (lost_ != 0 || io_uring_sq_ready(&ring_) == 0) return;
-    note(io_uring_submit(&ring_));
   }
 
   // `result` bytes of the slot's rest have been moved, or -errno. A transfer that stops short is
@@ -167,6 +170,7 @@ class UringIo final : public SegmentIo {
   io_uring ring_{};
   bool open_ = false;
   int lost_ = 0;
+  Bytes prepared_ = 0;  // since segments were handed on
   std::array<Slot, slot_count> slots_{};
   std::vector<unsigned> free_;  // indices of unused slots
   std::vector<SegmentEnd> ended_;
