@@ -379,10 +379,10 @@ void BlockMap::drop(const BlockKey& key) {
 FrameIndex BlockMap::take_pool_frame(LayerBlocks& layer, std::uint32_t needed,
                                      std::uint32_t extent_frames_max) {
   if (layer.extent.count == 0) {
-    // Extents grow with the layer's length, so short sequences waste little and long ones lie in
+    // Extents double with the layer, so short sequences waste little and long ones lie in
     // few pieces.
-    const std::uint32_t half = static_cast<std::uint32_t>(layer.blocks.size()) / 2;
-    const std::uint32_t want = std::clamp(std::max(needed, half), 1U, extent_frames_max);
+    const std::uint32_t size = layer.size();
+    const std::uint32_t want = std::clamp(std::max(needed, size), 1U, extent_frames_max);
     layer.extent = pool_.acquire_run(want);
     if (layer.extent.count == 0) return no_frame;
     set_aside_ += layer.extent.count;
