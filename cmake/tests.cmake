@@ -15,6 +15,7 @@ function(pie_test name)
   gtest_discover_tests(test_${name} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600)
 endfunction()
 
+pie_test(allocation)
 pie_test(attention)
 pie_test(cache)
 pie_test(frame_pool)
@@ -31,5 +32,5 @@ pie_test(trajectory)
 # the process on a lesser CPU. Optimised builds alone inline what has to be.
 if(CMAKE_BUILD_TYPE STREQUAL "Release")
   add_test(NAME kernels_share_no_code COMMAND sh -c "! nm -C --defined-only \"$@\" | grep -E ' [WVu] '"
-    sh $<FILTER:$<TARGET_OBJECTS:pie>,INCLUDE,/avx> COMMAND_EXPAND_LISTS)
+    sh $<FILTER:$<TARGET_OBJECTS:pie>,INCLUDE,avx[0-9]+.cpp> COMMAND_EXPAND_LISTS)
 endif()

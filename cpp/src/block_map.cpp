@@ -13,24 +13,24 @@ namespace pie {
 
 namespace {
 
-// Adds a block, to the runs that it follows or goes before.
-void add_to(std::vector<PoolRun>& runs, std::uint32_t block, FrameIndex pool) {
-  const auto next = std::ranges::upper_bound(runs, block, {}, &PoolRun::first_block);
-  const bool before = next != runs.end() && next->is_at(block + 1, pool + 1);
-  if (next != runs.begin() && (next - 1)->ends_at(block, pool)) {
-    (next - 1)->count += 1 + (before ? next->count : 0);
+// Adds a run, to those that it follows or goes before.
+void add_to(std::vector<PoolRun>& runs, const PoolRun& run) {
+  const auto next = std::ranges::upper_bound(runs, run.first_block, {}, &PoolRun::first_block);
+  const bool before = next != runs.end() && next->is_at(run.end(), run.pool + run.count);
+  if (next != runs.begin() && (next - 1)->ends_at(run.first_block, run.pool)) {
+    (next - 1)->count += run.count + (before ? next->count : 0);
     if (before) runs.erase(next);
   } else if (before) {
-    *next = {block, pool, next->count + 1};
+    *next = {run.first_block, run.pool, run.count + next->count};
   } else {
-    runs.insert(next, {block, pool, 1});
+    runs.insert(next, run);
   }
 }
 
 std::vector<PoolRun> runs_of(const std::vector<Block>& blocks) {
   std::vector<PoolRun> runs;
   for (std::uint32_t b = 0; b < blocks.size(); ++b) {
-    if (blocks[b].pool != no_frame) add_to(runs, b, blocks[b].pool);
+    if (blocks[b].pool != no_frame) add_to(runs, {b, blocks[b].pool, 1});
   }
   return runs;
 }
@@ -63,6 +63,7 @@ BlockMap::BlockMap(Geometry geometry, std::uint32_t device_frames, std::uint32_t
       owners_(device_frames) {}
 
 void BlockMap::resize_device(std::uint32_t frames) {
+  owners_.reserve(frames);
   device_.resize(frames, frames);
   owners_.resize(frames);
 }
@@ -70,16 +71,22 @@ void BlockMap::resize_device(std::uint32_t frames) {
 // ---- sequences and branches ---------------------------------------------------------------------
 
 Sequence& BlockMap::add() {
-  const std::uint32_t row = tables_.add_row();
-  const SequenceId id = next_id_++;
-  Sequence& sequence = sequences_[id];
-  sequence.id = id;
-  sequence.row = row;
+  tables_.reserve_row();
+  Sequence& sequence = sequences_[next_id_];
+  sequence.id = next_id_++;
+  sequence.row = tables_.add_row();
   return sequence;
 }
 
 Sequence& BlockMap::fork(const Sequence& sequence) {
+  for (Branch* branch : sequence.path) branch->users.reserve(branch->users.size() + 1);
   Sequence& twin = add();
+  try {
+    twin.path.reserve(sequence.path.size());
+  } catch (...) {
+    remove(twin);
+    throw;
+  }
   twin.tokens = sequence.tokens;
   for (Branch* branch : sequence.path) join(twin, *branch);
   return twin;
@@ -102,12 +109,11 @@ const Sequence* BlockMap::find(SequenceId id) const {
 }
 
 Branch& BlockMap::grow(std::uint32_t first) {
-  const std::uint64_t id = next_branch_++;
-  Branch& branch = branches_[id];
-  branch.id = id;
+  Branch branch;
+  branch.id = next_branch_;
   branch.first = first;
   branch.layers.resize(geometry_.layers);
-  return branch;
+  return branches_.emplace(next_branch_++, std::move(branch)).first->second;
 }
 
 void BlockMap::remove(Branch& branch) {
@@ -130,6 +136,7 @@ void BlockMap::leave(Sequence& sequence) {
 }
 
 void BlockMap::join(Sequence& sequence, Branch& branch) {
+  sequence.path.reserve(sequence.path.size() + 1);
   branch.users.push_back(&sequence);
   sequence.path.push_back(&branch);
   for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
@@ -162,11 +169,13 @@ namespace {
 constexpr std::array leading_counts = {&LayerBlocks::gone, &LayerBlocks::streamed,
                                        &LayerBlocks::written};
 
-template <typename T>
-std::vector<T> take_front(std::vector<T>& from, std::uint32_t count) {
-  std::vector<T> front(from.begin(), from.begin() + count);
-  from.erase(from.begin(), from.begin() + count);
-  return front;
+// Blocks [0, at) are gone, and the others count from there.
+void drop_front(std::vector<PoolRun>& runs, std::uint32_t at) {
+  std::erase_if(runs, [&](const PoolRun& run) { return run.end() <= at; });
+  for (PoolRun& run : runs) {
+    const std::uint32_t cut = at - std::min(at, run.first_block);
+    run = {run.first_block + cut - at, run.pool + cut, run.count - cut};
+  }
 }
 
 }  // namespace
@@ -178,7 +187,6 @@ void BlockMap::rename(Branch& branch) {
   branch.away = 0;
   for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
     LayerBlocks& blocks = branch.layers[layer];
-    blocks.runs = runs_of(blocks.blocks);
     blocks.front = 0;
     blocks.away = 0;
     for (std::uint32_t b = 0; b < blocks.size(); ++b) {
@@ -192,11 +200,25 @@ void BlockMap::rename(Branch& branch) {
 
 Branch& BlockMap::split(Branch& branch, std::uint32_t at) {
   require(branch.in_flight == 0, "BlockMap::split: a transfer of the branch is in flight.");
+  // What takes memory comes first; from then on nothing fails.
+  for (Sequence* sequence : branch.users) sequence->path.reserve(sequence->path.size() + 1);
   Branch& front = grow(branch.first);
+  try {
+    front.users = branch.users;
+    for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
+      const std::vector<Block>& from = branch.layers[layer].blocks;
+      front.layers[layer].blocks.assign(from.begin(), from.begin() + at);
+      front.layers[layer].runs = runs_of(front.layers[layer].blocks);
+    }
+  } catch (...) {
+    branches_.erase(front.id);
+    throw;
+  }
   for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
     LayerBlocks& from = branch.layers[layer];
     LayerBlocks& to = front.layers[layer];
-    to.blocks = take_front(from.blocks, at);
+    from.blocks.erase(from.blocks.begin(), from.blocks.begin() + at);
+    drop_front(from.runs, at);
     for (std::uint32_t LayerBlocks::* count : leading_counts) {
       to.*count = std::min(from.*count, at);
       from.*count -= to.*count;
@@ -205,7 +227,6 @@ Branch& BlockMap::split(Branch& branch, std::uint32_t at) {
   rename(front);
   rename(branch);
   front.full = std::min(branch.full, at);
-  front.users = branch.users;
   front.active = branch.active;
   branch.full -= front.full;
   branch.first += at;
@@ -220,9 +241,16 @@ void BlockMap::merge(Branch& front, Branch& back) {
               front.full == front.blocks() && front.end() == back.first,
           "BlockMap::merge: the branches are not one.");
   const std::uint32_t at = front.blocks();
+  for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {  // what takes memory
+    LayerBlocks& to = front.layers[layer];
+    to.blocks.reserve(at + back.layers[layer].size());
+    to.runs.reserve(to.runs.size() + back.layers[layer].runs.size());
+  }
   for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
     LayerBlocks& from = back.layers[layer];
     LayerBlocks& to = front.layers[layer];
+    for (const PoolRun& run : from.runs)
+      add_to(to.runs, {at + run.first_block, run.pool, run.count});
     to.blocks.insert(to.blocks.end(), from.blocks.begin(), from.blocks.end());
     // A count goes on in the second part only where it reached the end of the first.
     for (std::uint32_t LayerBlocks::* count : leading_counts) {
@@ -273,26 +301,27 @@ void BlockMap::leave_device(const BlockKey& key) {
 }
 
 void BlockMap::enter_pool(const BlockKey& key, FrameIndex pool) {
+  add_to(key.branch->layers[key.layer].runs, {key.block, pool, 1});
   at(key).pool = pool;
-  add_to(key.branch->layers[key.layer].runs, key.block, pool);
 }
 
 void BlockMap::leave_pool(const BlockKey& key) {
   Block& block = at(key);
   if (block.pool == no_frame) return;
-  pool_.release(std::exchange(block.pool, no_frame));
   std::vector<PoolRun>& runs = key.branch->layers[key.layer].runs;
   const auto run = std::ranges::upper_bound(runs, key.block, {}, &PoolRun::first_block) - 1;
   const std::uint32_t before = key.block - run->first_block;
   const PoolRun after{key.block + 1, run->pool + before + 1, run->count - before - 1};
-  run->count = before;
   if (after.count > 0 && before > 0) {
-    runs.insert(run + 1, after);
+    (runs.insert(run + 1, after) - 1)->count = before;
   } else if (after.count > 0) {
     *run = after;
-  } else if (before == 0) {
+  } else if (before > 0) {
+    run->count = before;
+  } else {
     runs.erase(run);
   }
+  pool_.release(std::exchange(block.pool, no_frame));
 }
 
 void BlockMap::lengthen(LayerBlocks& layer) { layer.blocks.emplace_back(); }

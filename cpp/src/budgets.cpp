@@ -1,5 +1,6 @@
 // Budgets that change between steps: both tiers grow and shrink, and what they hold moves.
 #include <algorithm>
+#include <new>
 #include <string>
 #include <utility>
 
@@ -42,7 +43,7 @@ void Scheduler::resize(std::uint32_t device_frames, std::uint32_t pool_frames) {
     // asked for again where the pool cannot shrink.
     if (pool_frames < pool_frames_) shrink_pool(pool_frames);
     if (device_frames < map_.device().capacity()) shrink_device(device_frames);
-  } catch (const CapacityError&) {
+  } catch (const std::bad_alloc&) {  // CapacityError is one
     restore(device_before, pool_before);
     throw;
   }
@@ -77,8 +78,8 @@ void Scheduler::grow_device(std::uint32_t frames) {
                     "limit (ulimit -v) allows no more. Make a new cache with more."
                   : "the system gives no more memory. Ask for no more."));
   }
-  map_.resize_device(frames);
   transfers_.resize_device(frames);
+  map_.resize_device(frames);
 }
 
 void Scheduler::shrink_device(std::uint32_t frames) {
@@ -111,8 +112,8 @@ void Scheduler::shrink_pool(std::uint32_t frames) {
   FramePool& pool = map_.pool();
   const std::uint32_t limit = pool.limit();
   const std::uint32_t before = std::exchange(pool_frames_, frames);
-  pool.retire(std::min(frames, limit));
   try {
+    pool.retire(std::min(frames, limit));
     empty_retired_pool(frames);
   } catch (...) {
     pool.set_limit(limit);
@@ -147,7 +148,8 @@ void Scheduler::move_down(const BlockKey& key) {
   if (frame == no_frame) {
     throw CapacityError("resize: the pool cannot shrink so far while so much is held.");
   }
-  transfers_.write(*key.branch, key.layer, key.block, {frame}, false);
+  pool_frames_taken_.assign(1, frame);
+  transfers_.write(*key.branch, key.layer, key.block, pool_frames_taken_, false);
   settle(*key.branch);
   if (BlockMap::at(key).pool == no_frame) raise_error(*key.branch);
   if (BlockMap::at(key).state == BlockState::clean) map_.evict(key);

@@ -98,8 +98,8 @@ class Cache::Impl {
   void require_whole() const {
     if (broken_.empty()) return;
     throw IoError(
-        "The backend failed while a step was taken back, so what the cache holds is not "
-        "known any more: " +
+        "Something failed while this cache was being changed, so what it holds is not known any "
+        "more: " +
         broken_ + " Close it and make a new one.");
   }
 
@@ -122,6 +122,7 @@ class Cache::Impl {
   [[nodiscard]] OpenStep open_step() const {
     return in_step_ ? OpenStep{total_rows_, next_layer_} : OpenStep{};
   }
+  void verify() noexcept;
   [[nodiscard]] Stats stats() const;
   [[nodiscard]] Bytes kv_bytes() const;
   [[nodiscard]] std::uint32_t device_frames() const { return scheduler_.map().device().capacity(); }
@@ -223,8 +224,13 @@ void Cache::Impl::start() {
   }
   in_step_ = true;
   next_layer_ = 0;
-  scheduler_.set_visits(plan_visits(rows_per_wave_));
-  list_batch();
+  try {
+    scheduler_.set_visits(plan_visits(rows_per_wave_));
+    list_batch();
+  } catch (...) {
+    abort();
+    throw;
+  }
   decode_ = std::all_of(batch_.begin(), batch_.end(),
                         [](const Growth& growth) { return growth.new_tokens == 1; });
   if (decode_ && after_decode_) counters_.decode_ns += began_ns_ - ended_ns_;
@@ -438,6 +444,7 @@ void Cache::Impl::finish() {
     scheduler_.look_ahead();
   } catch (...) {
     late_ = std::current_exception();  // the step is finished: the next one tells
+    verify();
   }
   note_peaks();
   ended_ns_ = backend_->now();
@@ -460,6 +467,16 @@ void Cache::Impl::abort() noexcept {
     broken_ = error.what();
   } catch (...) {
     broken_ = "it threw something that is no exception.";
+  }
+}
+
+// Memory ran out somewhere on the way: either what the cache holds is what it was, or nothing is
+// known of it any more.
+void Cache::Impl::verify() noexcept {
+  try {
+    scheduler_.check();
+  } catch (const std::exception& error) {
+    broken_ = error.what();
   }
 }
 
@@ -561,7 +578,7 @@ void Cache::Impl::resize(Bytes device_bytes, Bytes pool_bytes) {
 namespace {
 
 enum class Kind : std::uint8_t { ask, change };
-using enum Kind;
+constexpr Kind ask = Kind::ask;
 
 }  // namespace
 
@@ -609,6 +626,20 @@ class Cache::Turn {
   Impl* impl_ = nullptr;
 };
 
+// What changes the cache goes through here.
+template <typename Change>
+auto Cache::change(const Change& what) {
+  const Turn turn(*this, Kind::change);
+  try {
+    return what(turn);
+  } catch (const CapacityError&) {
+    throw;
+  } catch (const std::bad_alloc&) {
+    turn->verify();
+    throw;
+  }
+}
+
 Cache::Cache(const CacheOptions& options) : door_(std::make_unique<Door>()) {
   const Geometry geometry = resolve(options);
   std::unique_ptr<Policy> policy = make_policy(options.policy);
@@ -628,26 +659,28 @@ Cache::~Cache() {
 const Geometry& Cache::geometry() const { return Turn(*this, ask)->geometry_; }
 
 SequenceId Cache::add() {
-  const Turn turn(*this, change);
-  turn->require_whole();
-  return turn->scheduler_.map().add().id;
+  return change([](const Turn& turn) {
+    turn->require_whole();
+    return turn->scheduler_.map().add().id;
+  });
 }
 
 SequenceId Cache::fork(SequenceId id) {
-  const Turn turn(*this, change);
-  turn->refuse_in_step("fork");
-  return turn->scheduler_.fork(turn->sequence(id, "fork")).id;
+  return change([&](const Turn& turn) {
+    turn->refuse_in_step("fork");
+    return turn->scheduler_.fork(turn->sequence(id, "fork")).id;
+  });
 }
 
 void Cache::truncate(SequenceId id, std::uint32_t tokens) {
-  const Turn turn(*this, change);
-  turn->truncate(id, tokens);
+  change([&](const Turn& turn) { turn->truncate(id, tokens); });
 }
 
 void Cache::free(SequenceId id) {
-  const Turn turn(*this, change);
-  turn->refuse_in_step("free");
-  turn->scheduler_.free(turn->sequence(id, "free"));
+  change([&](const Turn& turn) {
+    turn->refuse_in_step("free");
+    turn->scheduler_.free(turn->sequence(id, "free"));
+  });
 }
 
 std::uint32_t Cache::length(SequenceId id) const {
@@ -656,17 +689,17 @@ std::uint32_t Cache::length(SequenceId id) const {
 }
 
 void Cache::begin(std::span<const StepEntry> batch, Reader reader) {
-  Turn(*this, change)->begin(batch, reader);
+  change([&](const Turn& turn) { turn->begin(batch, reader); });
 }
 
 void Cache::attend(std::uint32_t layer, const LayerInputs& inputs, const Rows& q,
                    const MutableRows& out, std::uint32_t query_heads, const AttendOptions& options,
                    float* lse) {
-  Turn(*this, change)->attend(layer, inputs, q, out, query_heads, options, lse);
+  change([&](const Turn& turn) { turn->attend(layer, inputs, q, out, query_heads, options, lse); });
 }
 
 FrameTable Cache::pages(std::uint32_t layer, const LayerInputs& inputs) {
-  return Turn(*this, change)->pages(layer, inputs);
+  return change([&](const Turn& turn) { return turn->pages(layer, inputs); });
 }
 
 Arena Cache::arena() const {
@@ -676,29 +709,32 @@ Arena Cache::arena() const {
 }
 
 void Cache::resize(Bytes device_bytes, Bytes pool_bytes) {
-  Turn(*this, change)->resize(device_bytes, pool_bytes);
+  change([&](const Turn& turn) { turn->resize(device_bytes, pool_bytes); });
 }
 
 Gathered Cache::gather(std::uint32_t layer, const LayerInputs& inputs) {
-  return Turn(*this, change)->gather(layer, inputs);
+  return change([&](const Turn& turn) { return turn->gather(layer, inputs); });
 }
 
 void Cache::run(std::uint32_t layer, LayerKernel& kernel) {
-  Turn(*this, change)->run(layer, kernel);
+  change([&](const Turn& turn) { turn->run(layer, kernel); });
 }
 
 void Cache::set_stream(ComputeStream stream) {
-  const Turn turn(*this, change);
-  turn->refuse_in_step("set_stream");
-  turn->scheduler_.set_stream(stream);
+  change([&](const Turn& turn) {
+    turn->refuse_in_step("set_stream");
+    turn->scheduler_.set_stream(stream);
+  });
 }
 
-void Cache::finish() { Turn(*this, change)->finish(); }
+void Cache::finish() {
+  change([](const Turn& turn) { turn->finish(); });
+}
 
 void Cache::abort() noexcept {
   door_->abort_owed = true;
   try {
-    static_cast<void>(Turn(*this, change));
+    static_cast<void>(Turn(*this, Kind::change));
   } catch (const LogicError&) {
     return;  // closed, a child's, or somebody is inside: then the next call pays
   }
@@ -714,7 +750,7 @@ void Cache::check() const { Turn(*this, ask)->scheduler_.check(); }
 
 void Cache::close() {
   if (impl_ == nullptr) return;
-  const Turn turn(*this, change);
+  const Turn turn(*this, Kind::change);
   turn->abort();
   impl_.reset();
 }

@@ -134,12 +134,16 @@ void FramePool::set_limit(std::uint32_t limit) {
 }
 
 void FramePool::retire(std::uint32_t limit) {
-  for (FrameIndex frame = limit; frame < limit_; ++frame) {
-    if (is_free(frame)) {
-      mark(frame, false);
-    } else {
-      retired_.insert(frame);
+  try {
+    for (FrameIndex frame = limit; frame < limit_; ++frame) {
+      if (!is_free(frame)) retired_.insert(frame);
     }
+  } catch (...) {
+    std::erase_if(retired_, [&](FrameIndex frame) { return frame < limit_; });
+    throw;
+  }
+  for (FrameIndex frame = limit; frame < limit_; ++frame) {
+    if (is_free(frame)) mark(frame, false);
   }
   limit_ = std::min(limit_, limit);
   run_end_ = limit_;
@@ -147,6 +151,8 @@ void FramePool::retire(std::uint32_t limit) {
 }
 
 void FramePool::resize(std::uint32_t capacity, std::uint32_t limit) {
+  bits_.reserve(words_for(capacity));
+  groups_.reserve(words_for(words_for(capacity)));
   set_limit(std::min(limit, capacity_));
   require(limit_ <= capacity && retired_.empty(),
           "FramePool::resize: a frame to give up is in use.");

@@ -13,9 +13,10 @@ namespace pie {
 
 void Ring::reshape(FrameRun frames, std::uint32_t segment_frames) {
   if (frames == frames_ && segment_frames == segment_frames_) return;
+  const std::uint32_t count = (frames.count + segment_frames - 1) / segment_frames;
+  segments_.reserve(count);  // there may be no memory for it
   const bool same = frames.end() == frames_.end() && segment_frames == segment_frames_;
   frames_ = frames;
-  const std::uint32_t count = (frames.count + segment_frames - 1) / segment_frames;
   std::uint32_t stays = 0;
   const auto run_of = [&](std::uint32_t index) {
     const std::uint32_t above = index * segment_frames;
@@ -90,11 +91,18 @@ std::uint32_t Ring::ask(Branch& branch, std::uint32_t layer, std::uint32_t first
 void Ring::close() {
   if (open_ == no_segment) return;
   const std::uint32_t index = std::exchange(open_, no_segment);
-  list_deps(index);
   std::vector<Load> loads = std::exchange(asked_, std::exchange(spare_, {}));
-  const std::vector<Load>& started = submit(index, std::move(loads));
-  segments_[index].unread += static_cast<std::uint32_t>(started.size());
-  queue_.insert(queue_.end(), started.begin(), started.end());
+  const std::size_t before = queue_.size();
+  try {
+    list_deps(index);
+    queue_.insert(queue_.end(), loads.begin(), loads.end());
+    const Ticket ticket = submit(index, std::move(loads));
+    for (std::size_t i = before; i < queue_.size(); ++i) queue_[i].ticket = ticket;
+  } catch (...) {
+    queue_.resize(before);
+    throw;
+  }
+  segments_[index].unread += static_cast<std::uint32_t>(queue_.size() - before);
 }
 
 // What the copies into a segment wait for.
@@ -121,8 +129,8 @@ void Ring::list_deps(std::uint32_t index) {
   }
 }
 
-// One ticket for loads of one segment, which take its name, after what is listed.
-const std::vector<Load>& Ring::submit(std::uint32_t index, std::vector<Load> loads) {
+// One ticket for loads of one segment, after what is listed.
+Ticket Ring::submit(std::uint32_t index, std::vector<Load> loads) {
   copies_.clear();
   for (const Load& load : loads) {
     const std::vector<PoolRun>& runs = load.branch->layers[load.layer].runs;
@@ -137,9 +145,8 @@ const std::vector<Load>& Ring::submit(std::uint32_t index, std::vector<Load> loa
   flights_.reserve(flights_.size() + 1);  // from here on nothing is forgotten
   const Ticket ticket = transfers_.fetch(copies_, deps_);
   segments_[index].fresh = false;
-  for (Load& load : loads) load.ticket = ticket;
   flights_.push_back({ticket, index, false, std::move(loads)});
-  return flights_.back().loads;
+  return ticket;
 }
 
 // ---- reading ------------------------------------------------------------------------------------
@@ -296,8 +303,15 @@ void Ring::retry(const Completion& completion) {
     ++load.tries;
     transfers_.count_retry();
     deps_.clear();
-    queue_.push_front(submit(load.segment, {load}).front());
+    queue_.push_front(load);
     ++segments_[load.segment].unread;
+    try {
+      queue_.front().ticket = submit(load.segment, {load});
+    } catch (...) {
+      drop(load);
+      queue_.pop_front();
+      throw;
+    }
   }
 }
 

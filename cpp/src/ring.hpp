@@ -126,7 +126,7 @@ class Ring {
   template <typename Change>
   void change(const Change& drops);
   [[nodiscard]] bool open();
-  const std::vector<Load>& submit(std::uint32_t segment, std::vector<Load> loads);
+  Ticket submit(std::uint32_t segment, std::vector<Load> loads);
   void list_deps(std::uint32_t segment);
   void retry(const Completion& completion);
   void leave(std::uint32_t first_segment);

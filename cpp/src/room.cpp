@@ -103,7 +103,7 @@ bool Scheduler::write_any() {
 void Scheduler::write_full(Branch& branch, std::uint32_t layer, std::uint32_t limit, bool rescue) {
   LayerBlocks& blocks = branch.layers[layer];
   const std::uint64_t before = transfers_.started_writes();
-  std::vector<FrameIndex> frames;
+  std::vector<FrameIndex>& frames = pool_frames_taken_;
   while (blocks.written < limit) {
     // On a stream what was written counts as such at once: a rescue must not take it back.
     const bool saved = capabilities_.streams && transfers_.started_writes() > before;

@@ -24,6 +24,7 @@ Scheduler::Scheduler(Backend& backend, const Geometry& geometry, std::unique_ptr
   const Bytes best = std::max(capabilities_.copy_bytes_best, capabilities_.frame_stride);
   copy_frames_ = static_cast<std::uint32_t>(
       std::max<Bytes>(1, best / std::max<Bytes>(1, capabilities_.frame_stride)));
+  pool_frames_taken_.reserve(copy_frames_);
   pool_frames_ = capabilities_.pool_frames;
   for (std::uint32_t layer = 0; layer < geometry.layers; ++layer) {
     const auto same = [&](const LayerClass& c) { return c.window == geometry.window(layer); };
@@ -100,9 +101,11 @@ void Scheduler::open_batch(std::span<const Growth> batch) {
   }
 }
 
-// Forgets the batch. What was to take the place of a shared block, and has not, goes.
-void Scheduler::close_batch() {
-  for (Growth& growth : batch_) {
+// Forgets the batch, and says what it was. What was to take the place of a shared block, and has
+// not, goes.
+std::vector<Growth> Scheduler::close_batch() {
+  std::vector<Growth> closed = std::exchange(batch_, {});
+  for (const Growth& growth : closed) {
     growth.sequence->gain = 0;
     if (growth.branch == nullptr) continue;  // opening the batch went no further
     growth.branch->grows_to = 0;
@@ -111,7 +114,7 @@ void Scheduler::close_batch() {
     cut(*growth.branch, 0);
     map_.remove(*growth.branch);
   }
-  batch_.clear();
+  return closed;
 }
 
 // While several tokens are appended, the block that takes them lies in an ordinary frame. Where the
@@ -363,12 +366,14 @@ void Scheduler::copy_tail(Growth& growth) {
   for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
     copy_block({&shared, layer, 0}, {growth.branch, layer, 0});
   }
+  growth.branch->users.reserve(1);
   growth.shared = nullptr;
   map_.leave(*growth.sequence);
   map_.join(*growth.sequence, *growth.branch);
 }
 
 void Scheduler::copy_block(const BlockKey& from, const BlockKey& to) {
+  BlockMap::lengthen(to.branch->layers[to.layer]);
   const FrameIndex frame = take_frame();
   try {
     load_now(from);
@@ -377,7 +382,6 @@ void Scheduler::copy_block(const BlockKey& from, const BlockKey& to) {
     throw;
   }
   duplicate(BlockMap::at(from).device, frame);
-  BlockMap::lengthen(to.branch->layers[to.layer]);
   map_.place(to, frame);
 }
 
@@ -579,9 +583,9 @@ void Scheduler::append(const Visit& visit, LayerKernel& kernel) {
 // One more block at the end of the layer that runs.
 void Scheduler::add_block(Branch& branch, LayerKernel& kernel) {
   if (map_.device().free() == 0) store(kernel);
-  const FrameIndex frame = take_frame();
   LayerBlocks& layer = branch.layers[layer_];
-  BlockMap::lengthen(layer);
+  BlockMap::lengthen(layer);  // first: there may be no memory for it
+  const FrameIndex frame = take_frame();
   map_.place({&branch, layer_, layer.size() - 1}, frame);
   transfers_.before_write(frame);
 }
@@ -861,8 +865,7 @@ void Scheduler::finish() {
 
 void Scheduler::look_ahead() {
   const std::uint32_t size = geometry_.block_tokens;
-  const std::vector<Growth> grown = batch_;
-  close_batch();  // first: what is thrown from here on finds no step to take back
+  const std::vector<Growth> grown = close_batch();  // what is thrown from here on finds no step
   for (const Growth& growth : grown) {
     Branch& branch = *growth.branch;
     const std::uint32_t tokens_before = growth.sequence->tokens - growth.new_tokens;
@@ -882,7 +885,12 @@ void Scheduler::look_ahead() {
   if (!wrapped) cursor_ = {};
   layer_ = 0;
   wave_ = 0;
-  pump();
+  try {
+    pump();
+  } catch (...) {
+    ring_.drop_asked();
+    throw;
+  }
 }
 
 void Scheduler::abort() {

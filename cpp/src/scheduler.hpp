@@ -160,7 +160,7 @@ class Scheduler {
   [[nodiscard]] std::uint32_t first_block(std::uint32_t position, std::uint32_t window) const;
 
   void open_batch(std::span<const Growth> batch);
-  void close_batch();
+  std::vector<Growth> close_batch();
   [[nodiscard]] bool ends_with_full_blocks() const;
   [[nodiscard]] std::uint32_t streamed_frames(const Branch& branch, std::uint32_t window) const;
   [[nodiscard]] BranchView view_of(const Branch& branch, std::uint32_t window) const;
@@ -240,6 +240,8 @@ class Scheduler {
   void drop_front(Branch& branch, const LayerClass& layers, std::uint32_t end);
   void refuse_unseen(const Sequence& sequence, std::uint32_t tokens) const;
   void cut(Branch& branch, std::uint32_t blocks);
+  void prepare_to_leave(const Sequence& sequence, std::uint32_t keep);
+  void tidy_up(const std::vector<std::uint64_t>& path);
   void leave(Sequence& sequence);
   Branch& split(Branch& branch, std::uint32_t at);
   void join_up(std::uint64_t branch);
@@ -283,8 +285,9 @@ class Scheduler {
   std::uint32_t slotted_ = 0;        // rows of it that have slots
   std::uint32_t rows_ = 0;           // of the step
   std::vector<std::int64_t> slots_;  // `[layers, rows]`
-  std::uint32_t copy_frames_ = 1;    // the most frames one ticket moves
-  std::uint32_t pool_frames_ = 0;    // the most that the pool may come to hold
+  std::vector<FrameIndex> pool_frames_taken_;  // for what is about to be written
+  std::uint32_t copy_frames_ = 1;              // the most frames one ticket moves
+  std::uint32_t pool_frames_ = 0;              // the most that the pool may come to hold
   Nanos stall_ns_ = 0;
 };
 

@@ -2,6 +2,7 @@
 // sees.
 #include <algorithm>
 #include <map>
+#include <new>
 #include <string>
 #include <utility>
 
@@ -30,10 +31,10 @@ Sequence& Scheduler::fork(Sequence& sequence) {
 void Scheduler::free(Sequence& sequence) {
   stop_prefetch();
   const std::vector<std::uint64_t> path = ids_of(sequence.path);
+  prepare_to_leave(sequence, 0);
   while (!sequence.path.empty()) leave(sequence);
   map_.remove(sequence);
-  drop_unseen();
-  for (const std::uint64_t branch : path) join_up(branch);
+  tidy_up(path);
 }
 
 void Scheduler::truncate(Sequence& sequence, std::uint32_t tokens) {
@@ -41,19 +42,41 @@ void Scheduler::truncate(Sequence& sequence, std::uint32_t tokens) {
   stop_prefetch();
   const std::vector<std::uint64_t> path = ids_of(sequence.path);
   const std::uint32_t keep = blocks_of(tokens);
+  prepare_to_leave(sequence, keep);
+  const auto last = std::ranges::find_if(
+      sequence.path, [&](const Branch* b) { return b->first < keep && b->end() > keep; });
+  if (last != sequence.path.end() && (*last)->users.size() > 1)
+    split(**last, keep - (*last)->first);
   while (!sequence.path.empty() && sequence.path.back()->first >= keep) leave(sequence);
   if (!sequence.path.empty() && sequence.path.back()->end() > keep) {
-    Branch& last = *sequence.path.back();
-    if (last.users.size() == 1) {
-      cut(last, keep - last.first);
-    } else {
-      split(last, keep - last.first);
-      leave(sequence);
-    }
+    cut(*sequence.path.back(), keep - sequence.path.back()->first);
   }
   sequence.tokens = tokens;
-  drop_unseen();
-  for (const std::uint64_t branch : path) join_up(branch);
+  tidy_up(path);
+}
+
+// What takes memory before a sequence loses its blocks from `keep` on: from then on nothing fails.
+void Scheduler::prepare_to_leave(const Sequence& sequence, std::uint32_t keep) {
+  for (Branch* branch : sequence.path) {
+    const bool stays = branch->first >= keep && branch->users.size() > 1;  // for others
+    if (branch->end() <= keep || stays) continue;
+    settle(*branch);
+    const std::uint32_t begin = std::max(keep, branch->first) - branch->first;
+    for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
+      ring_.guard_pool(*branch, layer, begin, branch->layers[layer].size());
+    }
+  }
+}
+
+// What a sequence that lost blocks leaves to be done. Where there is no memory for it, more room is
+// taken than need be, until the next time.
+void Scheduler::tidy_up(const std::vector<std::uint64_t>& path) {
+  try {
+    drop_unseen();
+    for (const std::uint64_t branch : path) join_up(branch);
+  } catch (const std::bad_alloc&) {
+    return;
+  }
 }
 
 // A window gives frames back for good: the token that would come next must not look behind them.

@@ -21,10 +21,13 @@ void BlockTables::resize(std::uint32_t rows, std::uint32_t blocks) {
   *this = std::move(larger);
 }
 
+void BlockTables::reserve_row() {
+  if (std::ranges::find(used_, false) == used_.end()) resize(std::max(8U, 2 * rows_), blocks_);
+}
+
 std::uint32_t BlockTables::add_row() {
-  const auto free = std::ranges::find(used_, false);
-  const auto index = static_cast<std::uint32_t>(free - used_.begin());
-  if (index == rows_) resize(std::max(8U, 2 * rows_), blocks_);
+  reserve_row();
+  const auto index = static_cast<std::uint32_t>(std::ranges::find(used_, false) - used_.begin());
   used_[index] = true;
   return index;
 }

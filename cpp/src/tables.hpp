@@ -16,7 +16,8 @@ class BlockTables {
  public:
   explicit BlockTables(std::uint32_t layers) : layers_(layers) {}
 
-  // A row without blocks, and the end of one.
+  // A row without blocks, and the end of one. After `reserve_row` the next one takes no memory.
+  void reserve_row();
   [[nodiscard]] std::uint32_t add_row();
   void remove_row(std::uint32_t row);
 

@@ -57,6 +57,12 @@ void Transfers::add_pool_guards(FrameIndex pool, std::vector<Dep>& after) const 
   for (auto guard = first; guard != last; ++guard) add(guard->second, after);
 }
 
+void Transfers::guard_pool(FrameIndex pool, Ticket ticket) {
+  const auto [first, last] = pool_guards_.equal_range(pool);
+  const auto same = [&](const auto& guard) { return guard.second == ticket; };
+  if (std::find_if(first, last, same) == last) pool_guards_.emplace(pool, ticket);
+}
+
 // Those of copies that have ended, now and then.
 void Transfers::prune_guards() {
   constexpr std::size_t guards_max = 4096;
@@ -106,7 +112,6 @@ void Transfers::note_guards(const Transfer& transfer, Ticket ticket) {
     } else {
       guard.departure = ticket;
     }
-    guard_pool(block.pool, ticket);
   }
 }
 
@@ -134,10 +139,24 @@ void Transfers::submit(const Transfer& transfer) {
   const std::vector<Block>& blocks = transfer.branch->layers[transfer.layer].blocks;
   const std::vector<Copy> copies =
       copies_of(blocks, transfer.first_block, transfer.count, transfer.lane);
-  const Ticket ticket = backend_.submit(copies, deps_of(transfer));
-  in_flight_.emplace(key_of(ticket), transfer);
+  const std::vector<Dep> deps = deps_of(transfer);
+  // Made first: what was submitted must not be forgotten.
+  decltype(in_flight_) one;
+  auto node = one.extract(one.emplace(0, transfer).first);
+  in_flight_.reserve(in_flight_.size() + 1);
+  decltype(pool_guards_) guards;
+  for (std::uint32_t i = 0; streams_ && i < transfer.count; ++i) {
+    guards.emplace(blocks[transfer.first_block + i].pool, Ticket{});
+  }
+  pool_guards_.reserve(pool_guards_.size() + guards.size());
+  const Ticket ticket = backend_.submit(copies, deps);
+  node.key() = key_of(ticket);
+  in_flight_.insert(std::move(node));
   loads_in_flight_ += transfer.lane == Lane::pool_to_device ? 1 : 0;
-  if (streams_) note_guards(transfer, ticket);
+  if (!streams_) return;
+  for (auto& [pool, guard] : guards) guard = ticket;
+  pool_guards_.merge(guards);
+  note_guards(transfer, ticket);
 }
 
 // Where nothing is being written, no copy in the pool is one to wait for.
@@ -167,6 +186,13 @@ void Transfers::load(Branch& branch, std::uint32_t layer, std::uint32_t first_bl
 void Transfers::write(Branch& branch, std::uint32_t layer, std::uint32_t first_block,
                       const std::vector<FrameIndex>& pool_frames, bool optional) {
   const auto count = static_cast<std::uint32_t>(pool_frames.size());
+  std::vector<PoolRun>& runs = branch.layers[layer].runs;
+  try {
+    runs.reserve(runs.size() + count);
+  } catch (...) {
+    for (const FrameIndex frame : pool_frames) map_.pool().release(frame);
+    throw;
+  }
   for (std::uint32_t i = 0; i < count; ++i) {
     map_.begin_write({&branch, layer, first_block + i}, pool_frames[i]);
   }
@@ -177,6 +203,7 @@ void Transfers::write(Branch& branch, std::uint32_t layer, std::uint32_t first_b
 // Where the backend throws, the blocks are as they were.
 void Transfers::start(const Transfer& transfer) {
   try {
+    landing_.reserve(landing_.size() + 1);
     submit(transfer);
   } catch (...) {
     put_back(transfer);
@@ -196,7 +223,7 @@ void Transfers::commit(const Transfer& transfer) {
     load ? map_.commit_load(key) : map_.commit_write(key);
   }
   (load ? loaded_frames_ : written_frames_) += transfer.count;
-  landing_.push_back(transfer);
+  landing_.push_back(transfer);  // for which there is room
 }
 
 void Transfers::put_back(const Transfer& transfer) {
@@ -274,6 +301,8 @@ void Transfers::end(const Completion& completion) {
 const std::vector<Landed>& Transfers::land() {
   std::array<Completion, 64> ended;
   for (std::size_t count = ended.size(); count == ended.size() && any();) {
+    landing_.reserve(landing_.size() + ended.size());
+    fetched_.reserve(fetched_.size() + ended.size());
     count = backend_.poll(ended);
     for (std::size_t i = 0; i < count; ++i) end(ended[i]);
   }

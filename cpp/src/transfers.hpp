@@ -70,7 +70,7 @@ class Transfers {
 
   // `ticket` uses a frame that nobody owns any more.
   void guard_device(FrameIndex device, Ticket ticket) { guards_[device] = {ticket, {}}; }
-  void guard_pool(FrameIndex pool, Ticket ticket) { pool_guards_.emplace(pool, ticket); }
+  void guard_pool(FrameIndex pool, Ticket ticket);
 
   // Keeps the first failure of a branch, in words.
   void fail(Branch& branch, const Landed& copy, const Completion& completion);

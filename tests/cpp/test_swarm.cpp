@@ -332,7 +332,7 @@ std::uint64_t number_from(const char* name, std::uint64_t otherwise) {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr std::uint64_t runs_default = 20;
 #elif defined(NDEBUG)
-constexpr std::uint64_t runs_default = 300;
+constexpr std::uint64_t runs_default = 340;
 #else
 constexpr std::uint64_t runs_default = 20;
 #endif

@@ -183,6 +183,9 @@ class Cache {
   struct Door;
   class Impl;
   class Turn;
+  template <typename Change>
+  auto change(const Change& what);
+
   std::unique_ptr<Door> door_;
   std::unique_ptr<Impl> impl_;
 };
