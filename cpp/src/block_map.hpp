@@ -128,7 +128,7 @@ struct Branch {
   bool active = false;            // read in it
   std::uint32_t grows_to = 0;     // tokens after it of the sequence that appends here; 0: none does
   std::uint32_t held = no_frame;  // the block that is partial before the step and full after it
-  std::size_t reading = 0;        // its place in the order of reading
+  std::size_t leg = 0;            // its place in the order of reading
 
   [[nodiscard]] std::uint32_t blocks() const {
     return static_cast<std::uint32_t>(layers.front().blocks.size());

@@ -426,28 +426,27 @@ void Scheduler::set_visits(std::vector<Visit> visits) {
   present_layer_ = no_layer;
   rows_ = visits_.back().first_row + visits_.back().rows;
   slots_.resize(std::size_t{geometry_.layers} * rows_);
-  plan_readings();
+  plan_legs();
   reconcile();
   pump();
 }
 
 // Each wave reads its visits' paths. A branch that several pass through is read once, by all of
 // them; since paths part and never meet again, every visit still gets its blocks in order.
-void Scheduler::plan_readings() {
-  readings_.clear();
+void Scheduler::plan_legs() {
+  legs_.clear();
   for (std::uint32_t i = 0; i < visits_.size(); ++i) {
     const Visit& visit = visits_[i];
     for (Branch* branch : visit.sequence->path) {
-      const bool listed = branch->reading < readings_.size() &&
-                          readings_[branch->reading].branch == branch &&
-                          readings_[branch->reading].wave == visit.wave;
+      const bool listed = branch->leg < legs_.size() && legs_[branch->leg].branch == branch &&
+                          legs_[branch->leg].wave == visit.wave;
       if (!listed) {
-        branch->reading = readings_.size();
-        readings_.push_back({branch, visit.wave, visit.position, {}});
+        branch->leg = legs_.size();
+        legs_.push_back({branch, visit.wave, visit.position, {}});
       }
-      Reading& reading = readings_[branch->reading];
-      reading.position = std::min(reading.position, visit.position);
-      reading.visits.push_back(i);
+      Leg& leg = legs_[branch->leg];
+      leg.position = std::min(leg.position, visit.position);
+      leg.visits.push_back(i);
     }
   }
 }
@@ -465,7 +464,7 @@ void Scheduler::run_layer(std::uint32_t layer, LayerKernel& kernel) {
   raise_errors();
   cursor_ = std::max(cursor_, {layer_, 0, 0});
   pump();
-  if (readings_.back().wave == 0) append_wave(kernel);
+  if (legs_.back().wave == 0) append_wave(kernel);
   if (is_present()) {
     attend_present(kernel);
   } else {
@@ -477,9 +476,8 @@ void Scheduler::run_layer(std::uint32_t layer, LayerKernel& kernel) {
 // Whether all that the layer reads lies on the device, so that one call can read it.
 bool Scheduler::is_present() const {
   const bool loading = capabilities_.streams && transfers_.loading();
-  return appended_ && !loading && std::ranges::all_of(readings_, [](const Reading& reading) {
-           return reading.branch->away == 0;
-         });
+  return appended_ && !loading &&
+         std::ranges::all_of(legs_, [](const Leg& leg) { return leg.branch->away == 0; });
 }
 
 // The pieces differ from those of the layer before by their tables, where the window is the same:
@@ -514,12 +512,12 @@ void Scheduler::start_visits() {
 void Scheduler::read_layer(LayerKernel& kernel) {
   present_layer_ = no_layer;
   start_visits();
-  for (std::size_t i = 0; i < readings_.size(); ++i) {
-    if (readings_[i].wave != wave_) {
+  for (std::size_t i = 0; i < legs_.size(); ++i) {
+    if (legs_[i].wave != wave_) {
       flush(kernel);
       appended_ = false;
     }
-    wave_ = readings_[i].wave;
+    wave_ = legs_[i].wave;
     if (!appended_) append_wave(kernel);
     read_branch(i, kernel);
   }
@@ -534,17 +532,17 @@ void Scheduler::end_layer() {
 }
 
 void Scheduler::read_branch(std::size_t index, LayerKernel& kernel) {
-  const Reading& reading = readings_[index];
-  const Branch& branch = *reading.branch;
+  const Leg& leg = legs_[index];
+  const Branch& branch = *leg.branch;
   cursor_ = std::max(cursor_, {layer_, index, 0});
   const LayerBlocks& layer = branch.layers[layer_];
-  const std::uint32_t seen = first_block(reading.position, geometry_.window(layer_));
+  const std::uint32_t seen = first_block(leg.position, geometry_.window(layer_));
   const std::uint32_t end = layer.size();
   for (std::uint32_t block = seen - std::min(seen, branch.first); block < end;) {
     std::uint32_t ready = layer.present_end(block, end);
     if (ready == block) ready = std::min(end, fetch(index, block, kernel));
     if (ready == block) continue;
-    collect(reading, block, ready);
+    collect(leg, block, ready);
     block = ready;
   }
 }
@@ -624,12 +622,12 @@ void Scheduler::write_begun(const Visit& visit, std::uint32_t full) {
 
 // Brings a block that is not on the device nearer to being there. Returns the end of the blocks
 // from it on that now are: `index` itself where it is not there yet.
-std::uint32_t Scheduler::fetch(std::size_t reading, std::uint32_t index, LayerKernel& kernel) {
-  const BlockKey key{readings_[reading].branch, layer_, index};
+std::uint32_t Scheduler::fetch(std::size_t leg, std::uint32_t index, LayerKernel& kernel) {
+  const BlockKey key{legs_[leg].branch, layer_, index};
   const Load* load = ring_.find(key);
   if (load != nullptr && (capabilities_.streams || ring_.arrived(*load))) return take(load, key);
   if (load == nullptr && BlockMap::at(key).state == BlockState::pooled) {
-    ask_now(reading, key, kernel);
+    ask_now(leg, key, kernel);
   } else {
     wait_for(kernel);
   }
@@ -655,11 +653,11 @@ std::uint32_t Scheduler::take(const Load* found, const BlockKey& key) {
 
 // Asks for a block that was not asked for: the ring had no room for it yet, or it came to be only
 // in the pool since.
-void Scheduler::ask_now(std::size_t reading, const BlockKey& key, LayerKernel& kernel) {
-  const Cursor here{layer_, reading, key.block};
+void Scheduler::ask_now(std::size_t leg, const BlockKey& key, LayerKernel& kernel) {
+  const Cursor here{layer_, leg, key.block};
   const std::uint32_t asked = ask(key);
   if (cursor_ <= here) {
-    cursor_ = {layer_, reading, key.block + asked};
+    cursor_ = {layer_, leg, key.block + asked};
     pump();
   } else {
     ahead_ = true;
@@ -675,13 +673,13 @@ void Scheduler::ask_now(std::size_t reading, const BlockKey& key, LayerKernel& k
   transfers_.load(*key.branch, key.layer, key.block, {take_frame(), 1});
 }
 
-void Scheduler::collect(const Reading& reading, std::uint32_t begin, std::uint32_t end) {
-  const std::vector<Block>& blocks = reading.branch->layers[layer_].blocks;
+void Scheduler::collect(const Leg& leg, std::uint32_t begin, std::uint32_t end) {
+  const std::vector<Block>& blocks = leg.branch->layers[layer_].blocks;
   for (std::uint32_t b = begin; capabilities_.streams && transfers_.loading() && b < end; ++b) {
     if (blocks[b].present()) transfers_.before_read(blocks[b].device);
   }
-  for (const std::uint32_t visit : reading.visits) {
-    progress_[visit].ready = std::max(progress_[visit].ready, reading.branch->first + end);
+  for (const std::uint32_t visit : leg.visits) {
+    progress_[visit].ready = std::max(progress_[visit].ready, leg.branch->first + end);
   }
   ready_ = true;
 }
@@ -721,12 +719,12 @@ void Scheduler::add_piece(std::size_t index) {
 
 // ---- ahead of the layers ------------------------------------------------------------------------
 
-// Whether the reading at the cursor has yet to append blocks that the plan streams: where the layer
+// Whether the leg at the cursor has yet to append blocks that the plan streams: where the layer
 // does not fit, they will be in the pool when it reads them.
 bool Scheduler::is_to_grow() const {
   const bool done = cursor_.layer < layer_ || (cursor_.layer == layer_ && appended_);
   if (shape_.whole_layers || cursor_.layer >= geometry_.layers || done) return false;
-  const Branch& branch = *readings_[cursor_.reading].branch;
+  const Branch& branch = *legs_[cursor_.leg].branch;
   const LayerBlocks& layer = branch.layers[cursor_.layer];
   return branch.grows_to > 0 && layer.streamed > layer.blocks.size();
 }
@@ -734,17 +732,17 @@ bool Scheduler::is_to_grow() const {
 // Advances the cursor to the next block that is only in the pool; false at the end of what may be
 // asked for, which is one round of layers ahead of the one that runs.
 bool Scheduler::seek_pooled() {
-  if (readings_.empty() || map_.count(BlockState::pooled) == 0) return false;
+  if (legs_.empty() || map_.count(BlockState::pooled) == 0) return false;
   while (cursor_.layer < layer_ + geometry_.layers) {
     const std::uint32_t wave = cursor_.layer == layer_ ? wave_ : 0;
-    for (; cursor_.reading < readings_.size(); ++cursor_.reading, cursor_.block = 0) {
-      const Reading& reading = readings_[cursor_.reading];
+    for (; cursor_.leg < legs_.size(); ++cursor_.leg, cursor_.block = 0) {
+      const Leg& leg = legs_[cursor_.leg];
       // A later wave reads the same branches again: what it needs comes back when it starts.
-      if (reading.wave > wave) return false;
-      if (seek_in(reading, cursor_.layer % geometry_.layers)) return true;
+      if (leg.wave > wave) return false;
+      if (seek_in(leg, cursor_.layer % geometry_.layers)) return true;
       if (is_to_grow()) return false;
     }
-    cursor_.reading = 0;
+    cursor_.leg = 0;
     cursor_.block = 0;
     ++cursor_.layer;
   }
@@ -753,14 +751,14 @@ bool Scheduler::seek_pooled() {
 
 // Nothing but the streamed blocks at the front is looked through where all in the pool may be
 // there.
-bool Scheduler::seek_in(const Reading& reading, std::uint32_t layer) {
-  LayerBlocks& blocks = reading.branch->layers[layer];
+bool Scheduler::seek_in(const Leg& leg, std::uint32_t layer) {
+  LayerBlocks& blocks = leg.branch->layers[layer];
   if (blocks.away == 0) return false;
   const std::uint32_t size = blocks.size();
   const bool all = blocks.away > blocks.streamed - std::min(blocks.streamed, blocks.gone);
   const std::uint32_t end = all ? size : std::min(size, blocks.streamed);
-  const std::uint32_t seen = first_block(reading.position, geometry_.window(layer));
-  cursor_.block = std::max(cursor_.block, seen - std::min(seen, reading.branch->first));
+  const std::uint32_t seen = first_block(leg.position, geometry_.window(layer));
+  cursor_.block = std::max(cursor_.block, seen - std::min(seen, leg.branch->first));
   for (; cursor_.block < end; ++cursor_.block) {
     cursor_.block = blocks.present_end(cursor_.block, end);
     if (cursor_.block < end && blocks.is_pooled(cursor_.block)) return true;
@@ -769,7 +767,7 @@ bool Scheduler::seek_in(const Reading& reading, std::uint32_t layer) {
 }
 
 BlockKey Scheduler::key_at_cursor() const {
-  return {readings_[cursor_.reading].branch, cursor_.layer % geometry_.layers, cursor_.block};
+  return {legs_[cursor_.leg].branch, cursor_.layer % geometry_.layers, cursor_.block};
 }
 
 // Adjacent blocks in the pool from one on, all of them streamed by the plan or none.
@@ -909,7 +907,7 @@ void Scheduler::abort() {
 void Scheduler::stop_prefetch() {
   ring_.drop_asked();  // where asking was interrupted
   visits_.clear();
-  readings_.clear();
+  legs_.clear();
   cursor_ = {};
   layer_ = 0;
   wave_ = 0;

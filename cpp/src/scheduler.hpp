@@ -122,8 +122,9 @@ class Scheduler {
     std::vector<std::uint32_t> layers;
   };
 
-  // What one wave of a layer reads in one go: a branch, by all visits that pass through it.
-  struct Reading {
+  // A leg of the walk through a layer, what is read in one go: a branch, by all visits of one wave
+  // that pass through it.
+  struct Leg {
     Branch* branch = nullptr;
     std::uint32_t wave = 0;
     std::uint32_t position = 0;  // the least of its visits'
@@ -150,7 +151,7 @@ class Scheduler {
   // Position in the order in which blocks will be read; layers count on into the next step.
   struct Cursor {
     std::uint32_t layer = 0;
-    std::size_t reading = 0;
+    std::size_t leg = 0;
     std::uint32_t block = 0;
 
     friend auto operator<=>(const Cursor&, const Cursor&) = default;
@@ -184,7 +185,7 @@ class Scheduler {
   void duplicate(FrameIndex from, FrameIndex to);
   void load_now(const BlockKey& key);
 
-  void plan_readings();
+  void plan_legs();
   [[nodiscard]] bool is_present() const;
   void attend_present(LayerKernel& kernel);
   void start_visits();
@@ -195,17 +196,17 @@ class Scheduler {
   void add_block(Branch& branch, LayerKernel& kernel);
   void store(LayerKernel& kernel);
   void write_begun(const Visit& visit, std::uint32_t full);
-  [[nodiscard]] std::uint32_t fetch(std::size_t reading, std::uint32_t block, LayerKernel& kernel);
+  [[nodiscard]] std::uint32_t fetch(std::size_t leg, std::uint32_t block, LayerKernel& kernel);
   [[nodiscard]] std::uint32_t take(const Load* load, const BlockKey& key);
-  void ask_now(std::size_t reading, const BlockKey& key, LayerKernel& kernel);
+  void ask_now(std::size_t leg, const BlockKey& key, LayerKernel& kernel);
   void wait_for(LayerKernel& kernel);
-  void collect(const Reading& reading, std::uint32_t begin, std::uint32_t end);
+  void collect(const Leg& leg, std::uint32_t begin, std::uint32_t end);
   void flush(LayerKernel& kernel);
   void add_piece(std::size_t visit);
   void end_layer();
 
   [[nodiscard]] bool seek_pooled();
-  [[nodiscard]] bool seek_in(const Reading& reading, std::uint32_t layer);
+  [[nodiscard]] bool seek_in(const Leg& leg, std::uint32_t layer);
   [[nodiscard]] BlockKey key_at_cursor() const;
   [[nodiscard]] static std::uint32_t run_from(const BlockKey& key);
   [[nodiscard]] bool is_to_grow() const;
@@ -269,7 +270,7 @@ class Scheduler {
   StepShape shape_;
   std::vector<Growth> batch_;
   std::vector<Visit> visits_;
-  std::vector<Reading> readings_;   // wave by wave, in reading order
+  std::vector<Leg> legs_;           // wave by wave, in reading order
   std::vector<Progress> progress_;  // of the visits
   std::vector<Stretch> written_;    // of the layer that runs: streamed, clean, and still there
   std::vector<KvPiece> pieces_;     // that the kernel was given last
