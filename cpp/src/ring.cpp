@@ -137,9 +137,10 @@ Ticket Ring::submit(std::uint32_t index, std::vector<Load> loads) {
     auto run = std::ranges::upper_bound(runs, load.first_block, {}, &PoolRun::first_block) - 1;
     for (std::uint32_t block = load.first_block; block < load.end(); block = run++->end()) {
       const std::uint32_t count = std::min(run->end(), load.end()) - block;
-      copies_.push_back({{Tier::pool, run->pool + block - run->first_block},
-                         {Tier::device, load.device + block - load.first_block},
-                         count});
+      add_copy({{Tier::pool, run->pool + block - run->first_block},
+                {Tier::device, load.device + block - load.first_block},
+                count},
+               copies_);
     }
   }
   flights_.reserve(flights_.size() + 1);  // from here on nothing is forgotten

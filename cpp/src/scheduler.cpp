@@ -126,14 +126,21 @@ bool Scheduler::ends_with_full_blocks() const {
   });
 }
 
-// The plan counts streamed blocks from the first that is still seen, without the held one.
+// What the plan in force streams, as far as that is still said by what it was told.
 std::uint32_t Scheduler::streamed_frames(const Branch& branch, std::uint32_t window) const {
-  const LayerClass& layers = classes_[window];
-  const std::uint32_t gone = branch.layers[layers.layers.front()].gone;
   if (window < branch.boundaries.size()) {
     const Boundary& last = branch.boundaries[window];
-    if (last.gone == gone && last.held == branch.held) return last.streamed_frames;
+    const std::uint32_t gone = branch.layers[classes_[window].layers.front()].gone;
+    const bool known = last.streamed_frames != no_frame;
+    if (known && last.gone == gone && last.held == branch.held) return last.streamed_frames;
   }
+  return count_streamed(branch, window);
+}
+
+// The plan counts streamed blocks from the first that is still seen, without the held one.
+std::uint32_t Scheduler::count_streamed(const Branch& branch, std::uint32_t window) const {
+  const LayerClass& layers = classes_[window];
+  const std::uint32_t gone = branch.layers[layers.layers.front()].gone;
   std::uint32_t frames = 0;
   for (const std::uint32_t layer : layers.layers) {
     const std::uint32_t streamed = branch.layers[layer].streamed;
@@ -232,9 +239,11 @@ void Scheduler::apply(const Plan& plan) {
     for (std::uint32_t window = 0; window < classes_.size(); ++window) {
       const std::uint32_t gone = branch.layers[classes_[window].layers.front()].gone;
       const Boundary boundary{plan.streamed_frames[index++], gone, branch.held};
-      if (boundary == branch.boundaries[window]) continue;
-      branch.boundaries[window] = boundary;
+      Boundary& last = branch.boundaries[window];
+      if (boundary == last) continue;
+      last = {};  // not known while it moves, which may be interrupted
       set_streamed(branch, classes_[window].layers, boundary.streamed_frames);
+      last = boundary;
     }
   }
 }
@@ -982,6 +991,12 @@ void Scheduler::check() const {
   map_.check();
   transfers_.check();
   ring_.check();
+  for (const auto& [id, branch] : map_.branches()) {
+    for (std::uint32_t window = 0; window < classes_.size(); ++window) {
+      require(streamed_frames(branch, window) == count_streamed(branch, window),
+              "check: a branch's boundary is not where its layers have it.");
+    }
+  }
 }
 
 }  // namespace pie

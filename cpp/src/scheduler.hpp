@@ -164,6 +164,7 @@ class Scheduler {
   std::vector<Growth> close_batch();
   [[nodiscard]] bool ends_with_full_blocks() const;
   [[nodiscard]] std::uint32_t streamed_frames(const Branch& branch, std::uint32_t window) const;
+  [[nodiscard]] std::uint32_t count_streamed(const Branch& branch, std::uint32_t window) const;
   [[nodiscard]] BranchView view_of(const Branch& branch, std::uint32_t window) const;
   [[nodiscard]] Snapshot snapshot(std::uint32_t device_frames, std::uint32_t pool_frames,
                                   std::vector<BranchView>& views) const;
@@ -270,7 +271,7 @@ class Scheduler {
   StepShape shape_;
   std::vector<Growth> batch_;
   std::vector<Visit> visits_;
-  std::vector<Leg> legs_;           // wave by wave, in reading order
+  std::vector<Leg> legs_;           // wave by wave, in the order of reading
   std::vector<Progress> progress_;  // of the visits
   std::vector<Stretch> written_;    // of the layer that runs: streamed, clean, and still there
   std::vector<KvPiece> pieces_;     // that the kernel was given last

@@ -26,22 +26,23 @@ std::vector<Copy> copies_of(const std::vector<Block>& blocks, std::uint32_t firs
     Place from{Tier::pool, blocks[i].pool};
     Place to{Tier::device, blocks[i].device};
     if (lane == Lane::device_to_pool) std::swap(from, to);
-    add_copy(from, to, copies);
+    add_copy({from, to, 1}, copies);
   }
   return copies;
 }
 
 }  // namespace
 
-void add_copy(const Place& from, const Place& to, std::vector<Copy>& copies) {
+void add_copy(const Copy& copy, std::vector<Copy>& copies) {
   if (!copies.empty()) {
     Copy& last = copies.back();
-    if (last.from.first + last.count == from.first && last.to.first + last.count == to.first) {
-      ++last.count;
+    if (last.from.first + last.count == copy.from.first &&
+        last.to.first + last.count == copy.to.first) {
+      last.count += copy.count;
       return;
     }
   }
-  copies.push_back({from, to, 1});
+  copies.push_back(copy);
 }
 
 Transfers::Transfers(Backend& backend, BlockMap& map)

@@ -35,9 +35,8 @@ struct Landed {
 // How often a copy is tried before it is given up.
 inline constexpr std::uint32_t tries_max = 3;
 
-// Adds the copy of one frame to a list, to the last copy there where it goes on from that in both
-// tiers.
-void add_copy(const Place& from, const Place& to, std::vector<Copy>& copies);
+// Adds a copy to a list, to the last copy there where it goes on from that in both tiers.
+void add_copy(const Copy& copy, std::vector<Copy>& copies);
 
 class Transfers {
  public:

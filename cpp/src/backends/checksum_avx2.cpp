@@ -1,5 +1,5 @@
-// XXH3 compiled with AVX2, which takes a third of the time. Nothing else is in here: whatever the
-// compiler makes of this file, a processor without AVX2 never runs.
+// XXH3 compiled with AVX2: 2.4 times as fast from cache, a quarter faster from memory. Nothing else
+// is in here: whatever the compiler makes of this file, a processor without AVX2 never runs.
 #include "checksum.hpp"
 
 #define XXH_INLINE_ALL

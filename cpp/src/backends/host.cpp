@@ -364,7 +364,8 @@ void HostBackend::complete(Ticket ticket) {
 }
 
 // Calls visitor(memory, pool frame) for each, on several threads where there are many: what has
-// just come from the disk lies in no cache, and one thread reads it at half the rate of two.
+// just come from the disk lies in no cache, and one thread reads it at two thirds of the rate of
+// two.
 template <typename Visitor>
 void HostBackend::for_each_frame(const Tickets::Entry& entry, const Visitor& visitor) {
   frames_.clear();
