@@ -22,9 +22,11 @@ PIP_HERE := $(PIP) install --no-build-isolation -c constraints.txt \
   --config-settings build-dir=build/wheel
 
 CXX_SOURCES := $(wildcard cpp/src/*.cpp cpp/src/*/*.cpp tests/cpp/*.cpp bench/*.cpp)
-CXX_HEADERS := $(wildcard cpp/include/pie/*.hpp cpp/src/*.hpp cpp/src/*/*.hpp tests/cpp/*.hpp)
+CXX_HEADERS := $(wildcard cpp/include/pie/*.hpp cpp/src/*.hpp cpp/src/*/*.hpp tests/cpp/*.hpp \
+  cuda/*.hpp tests/fake_driver/*.hpp)
+CUDA_SOURCES := $(wildcard cuda/*.cpp tests/fake_driver/*.cpp tests/cpp/test_cuda*.cpp)
 BINDINGS := $(wildcard python/pie/*.cpp)
-FORMATTED := $(CXX_SOURCES) $(CXX_HEADERS) $(BINDINGS) examples/embed/main.cpp
+FORMATTED := $(CXX_SOURCES) $(CUDA_SOURCES) $(CXX_HEADERS) $(BINDINGS) examples/embed/main.cpp
 PYTHON_PATHS := $(wildcard python tests/python examples bench)
 PYTHON_SOURCES := $(wildcard python/pie/*.py python/pie/*/*.py)
 BUILD_FILES := CMakeLists.txt CMakePresets.json pyproject.toml $(wildcard cmake/*)
@@ -103,7 +105,7 @@ $(STAMPS)/venv: | system-packages
 # Uninstalled first, since scikit-build-core imports installed packages with a "cmake.root" entry
 # point while it configures: a broken pie would keep itself from being replaced.
 $(STAMPS)/installed: $(STAMPS)/venv $(BUILD_FILES) $(BINDINGS) $(PYTHON_SOURCES) \
-    $(wildcard cpp/include/pie/*.hpp cpp/src/*.?pp cpp/src/*/*.?pp)
+    $(wildcard cpp/include/pie/*.hpp cpp/src/*.?pp cpp/src/*/*.?pp cuda/*)
 	@echo "compiling and installing pie-core and what it depends on"
 	@$(PIP) uninstall -y pie-core
 	@$(PIP_HERE) ".[hf]"
@@ -140,8 +142,10 @@ pytest: $(STAMPS)/installed $(STAMPS)/tools $(MODEL)
 embed: $(STAMPS)/installed
 	tests/embed/run $(VENV)/bin/python build/embed
 
-# Without the bindings: the checks take nanobind's idioms for mistakes.
-TIDY_STAMPS := $(CXX_SOURCES:%=build/tidy/%.ok)
+# Without the bindings: the checks take nanobind's idioms for mistakes. What is for CUDA, where it is
+# built.
+TIDY_SOURCES := $(filter-out $(CUDA_SOURCES),$(CXX_SOURCES)) $(if $(shell command -v nvcc),$(CUDA_SOURCES))
+TIDY_STAMPS := $(TIDY_SOURCES:%=build/tidy/%.ok)
 
 tidy: build-release
 	@$(MAKE) --no-print-directory -j $(JOBS) $(TIDY_STAMPS)

@@ -4,6 +4,9 @@
 include(CMakePackageConfigHelpers)
 
 install(TARGETS pie EXPORT pieTargets LIBRARY DESTINATION lib)
+if(TARGET pie_cuda)
+  install(TARGETS pie_cuda LIBRARY DESTINATION lib)
+endif()
 install(DIRECTORY cpp/include/pie DESTINATION include FILES_MATCHING PATTERN "*.hpp")
 install(EXPORT pieTargets NAMESPACE pie:: DESTINATION lib/cmake/pie)
 

@@ -28,6 +28,24 @@ pie_test(sim)
 pie_test(swarm)
 pie_test(trajectory)
 
+# The CUDA backend, over a double of the driver.
+if(TARGET pie_cuda)
+  add_library(fake_driver SHARED tests/fake_driver/fake.cpp)
+  target_include_directories(fake_driver PUBLIC tests/fake_driver)
+  target_include_directories(fake_driver SYSTEM PUBLIC ${PIE_CUDA_INCLUDE_DIR})
+  pie_warnings(fake_driver)
+  function(pie_cuda_test name)
+    pie_test(${name})
+    target_sources(test_${name} PRIVATE cuda/driver.cpp)
+    target_include_directories(test_${name} PRIVATE cuda)
+    target_link_libraries(test_${name} PRIVATE fake_driver ${CMAKE_DL_LIBS})
+    target_compile_definitions(test_${name} PRIVATE
+      PIE_FAKE_DRIVER="$<TARGET_FILE:fake_driver>")
+    add_dependencies(test_${name} pie_cuda)
+  endfunction()
+  pie_cuda_test(cuda)
+endif()
+
 # A function compiled for AVX-512 but shared with the rest of the library (a weak symbol) would end
 # the process on a lesser CPU. Optimised builds alone inline what has to be.
 if(CMAKE_BUILD_TYPE STREQUAL "Release")

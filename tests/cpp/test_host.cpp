@@ -41,10 +41,16 @@ HostOptions options_for(std::uint32_t device_frames, std::uint32_t pool_frames,
 
 // The calling thread computes.
 struct OnThisThread {
-  static void launch(Backend& /*backend*/, ComputeStream /*stream*/,
-                     const std::function<void()>& body) {
-    body();
+  static ComputeStream stream(std::uint32_t number) { return {number}; }
+  static void write(Backend& backend, ComputeStream /*stream*/, FrameIndex frame,
+                    const Contents& bytes) {
+    std::memcpy(backend.address(frame), bytes.data(), bytes.size());
   }
+  static Read read(Backend& backend, ComputeStream /*stream*/, FrameIndex frame) {
+    const std::byte* at = backend.address(frame);
+    return std::make_shared<Contents>(at, at + backend.capabilities().frame_stride);
+  }
+  static void synchronize(Backend& /*backend*/, ComputeStream /*stream*/) {}
 };
 struct DirectUring : OnThisThread {
   static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {

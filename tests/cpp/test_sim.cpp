@@ -1,6 +1,7 @@
 // The simulated backend: the conformance suite, with compute on the caller's thread and on streams,
 // and what only it promises: a clock that can be foretold, links, faults, streams, no bytes at all.
 #include <array>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -46,8 +47,25 @@ std::unique_ptr<SimBackend> open(const SimOptions& options) {
 // ---- conformance --------------------------------------------------------------------------------
 
 struct Simulated {
-  static void launch(Backend& backend, ComputeStream stream, std::function<void()> body) {
-    dynamic_cast<SimBackend&>(backend).launch(stream, {1'000'000}, std::move(body));
+  static constexpr Work a_while{1'000'000};
+
+  static SimBackend& sim(Backend& backend) { return dynamic_cast<SimBackend&>(backend); }
+  static ComputeStream stream(std::uint32_t number) { return {number}; }
+  static void write(Backend& backend, ComputeStream stream, FrameIndex frame, Contents bytes) {
+    std::byte* at = backend.address(frame);
+    sim(backend).launch(stream, a_while, [at, bytes = std::move(bytes)] {
+      std::memcpy(at, bytes.data(), bytes.size());
+    });
+  }
+  static Read read(Backend& backend, ComputeStream stream, FrameIndex frame) {
+    const std::byte* at = backend.address(frame);
+    auto found = std::make_shared<Contents>(backend.capabilities().frame_stride);
+    sim(backend).launch(stream, a_while,
+                        [at, found] { std::memcpy(found->data(), at, found->size()); });
+    return found;
+  }
+  static void synchronize(Backend& backend, ComputeStream stream) {
+    sim(backend).synchronize(stream);
   }
 };
 

@@ -49,6 +49,23 @@ struct PoolWay {
 // Bytes of stride that `open_host` would give frames under these options.
 [[nodiscard]] Bytes host_frame_stride(const HostOptions& options);
 
+// A GPU computes: device tier is its memory, pool tier the CPU's, compute is on the caller's
+// stream.
+struct CudaOptions {
+  int device = 0;          // the GPU's number
+  Bytes frame_bytes = 0;   // payload of one frame; the stride is rounded up to 256 bytes
+  Bytes device_bytes = 0;  // of the GPU's memory; it holds device_bytes / stride frames
+  Bytes pool_bytes = 0;    // the most CPU memory the pool may ever take; 0: no pool
+  std::string driver = "libcuda.so.1";  // the driver's library, or a double of it
+};
+
+// Loads the plugin libpie_cuda.so. Throws ConfigError where there is none, or no driver, GPU or
+// toolkit that serves, CapacityError where the GPU has not so much memory free.
+[[nodiscard]] std::unique_ptr<Backend> open_cuda(const CudaOptions& options);
+
+// Bytes of stride that `open_cuda` gives frames of this payload.
+[[nodiscard]] Bytes cuda_frame_stride(Bytes frame_bytes);
+
 // One direction between the tiers of a simulated machine. A copy (a run of adjacent frames) first
 // takes the latency, alone, then `overhead_ns` and its bytes' time, in which it has the link for
 // itself; so `copies_at_once` is how many latencies may overlap. With jitter copies overtake each

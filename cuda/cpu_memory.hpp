@@ -1,0 +1,85 @@
+// The pool: CPU memory that copies to and from the device run beside the computation from.
+//
+// It is pinned, chunk by chunk, by a thread of its own: that takes a tenth of a second a gigabyte,
+// and what is pinned already is usable meanwhile. A chunk is one registration, and no copy may span
+// two, so copies are split where chunks end. Where the system pins nothing the memory is used as it
+// is: copies then hold up whoever submits them.
+#pragma once
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "device.hpp"
+#include "pie/backend.hpp"
+#include "pie/types.hpp"
+
+namespace pie::cuda {
+
+class CpuMemory {
+ public:
+  // Room for `frames_max` frames, of which none is usable yet. Throws CapacityError where there are
+  // no addresses for them. The device outlives this.
+  CpuMemory(const Device& device, Bytes stride, std::uint32_t frames_max);
+  CpuMemory(const CpuMemory&) = delete;
+  CpuMemory& operator=(const CpuMemory&) = delete;
+  ~CpuMemory();
+
+  // Why memory is not pinned; empty where it is.
+  [[nodiscard]] const std::string& unpinned_reason() const { return unpinned_reason_; }
+
+  // See Backend::resize_pool; nothing may be copied to or from frames that go.
+  PoolSize resize(std::uint32_t frames);
+  [[nodiscard]] std::uint32_t usable() const { return usable_; }
+  [[nodiscard]] std::string refusal() const;
+
+  // Whether more frames are on their way, and whether all that were have come, or will not.
+  [[nodiscard]] bool is_growing() const;
+  [[nodiscard]] bool has_grown() const;
+
+  // Calls `run(address, first, count)` for each part of a run of frames that lies in one chunk.
+  template <typename Run>
+  void each_part(std::uint32_t first, std::uint32_t count, const Run& run) const {
+    while (count > 0) {
+      const std::uint32_t part = std::min(count, chunk_frames_ - first % chunk_frames_);
+      run(start_ + first * stride_, first, part);
+      first += part;
+      count -= part;
+    }
+  }
+
+ private:
+  [[nodiscard]] Bytes chunk_bytes(std::uint32_t chunk) const;
+  [[nodiscard]] std::byte* chunk_start(std::uint32_t chunk) const;
+  [[nodiscard]] std::uint32_t chunks_of(std::uint32_t frames) const;
+  [[nodiscard]] std::uint32_t pinned_frames() const;
+  [[nodiscard]] bool wants_more() const { return pinned_ < wanted_ && refusal_.empty(); }
+  void try_pinning();
+  void pin();
+  void unpin(std::uint32_t keep);
+
+  const Device& device_;
+  const Bytes stride_;
+  const std::uint32_t frames_max_;
+  std::uint32_t chunk_frames_ = 0;
+  Bytes reserved_ = 0;
+  std::byte* start_ = nullptr;
+  std::string unpinned_reason_;
+  std::uint32_t usable_ = 0;  // frames; the owner's thread alone
+  std::uint32_t asked_ = 0;   // frames, of the last `resize`
+
+  mutable std::mutex mutex_;  // of what follows
+  std::condition_variable changed_;
+  std::uint32_t wanted_ = 0;  // chunks
+  std::uint32_t pinned_ = 0;  // chunks
+  bool pinning_ = false;      // one more, now
+  bool ending_ = false;
+  std::string refusal_;
+  std::thread thread_;
+};
+
+}  // namespace pie::cuda
