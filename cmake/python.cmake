@@ -9,7 +9,7 @@ execute_process(COMMAND "${Python_EXECUTABLE}" -m nanobind --cmake_dir
 find_package(nanobind 3.0 CONFIG REQUIRED)
 
 nanobind_add_module(_core BACKEND_MODULE nanobind_backend NB_SUPPRESS_WARNINGS
-  python/pie/_core.cpp python/pie/_pages.cpp)
+  python/pie/_core.cpp python/pie/_layers.cpp python/pie/_pages.cpp)
 target_link_libraries(_core PRIVATE pie::pie)
 set_target_properties(_core PROPERTIES INSTALL_RPATH $ORIGIN/lib)
 pie_warnings(_core)

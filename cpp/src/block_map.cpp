@@ -128,8 +128,7 @@ void BlockMap::remove(Branch& branch) {
 void BlockMap::leave(Sequence& sequence) {
   Branch& branch = *sequence.path.back();
   for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
-    std::fill_n(tables_.row(layer, sequence.row) + branch.first, branch.layers[layer].blocks.size(),
-                no_table_frame);
+    tables_.set(layer, sequence.row, branch.first, branch.layers[layer].size(), no_table_frame);
   }
   std::erase(branch.users, &sequence);
   sequence.path.pop_back();
@@ -143,23 +142,23 @@ void BlockMap::join(Sequence& sequence, Branch& branch) {
     const std::vector<Block>& blocks = branch.layers[layer].blocks;
     for (std::uint32_t b = 0; b < blocks.size(); ++b) {
       const bool nowhere = blocks[b].device == no_frame;
-      tables_.row(layer, sequence.row)[branch.first + b] =
-          nowhere ? no_table_frame : static_cast<std::int32_t>(blocks[b].device);
+      tables_.set(layer, sequence.row, branch.first + b, 1,
+                  nowhere ? no_table_frame : static_cast<std::int32_t>(blocks[b].device));
     }
   }
 }
 
 void BlockMap::show(const BlockKey& key, FrameRun device) {
   for (const Sequence* sequence : key.branch->users) {
-    std::int32_t* row = tables_.row(key.layer, sequence->row) + key.branch->first + key.block;
-    std::iota(row, row + device.count, static_cast<std::int32_t>(device.first));
+    tables_.set(key.layer, sequence->row, key.branch->first + key.block, device.count,
+                static_cast<std::int32_t>(device.first));
   }
 }
 
 // Where a block lies, in the tables of all its sequences.
 void BlockMap::list(const BlockKey& key, std::int32_t device) {
   for (const Sequence* sequence : key.branch->users) {
-    tables_.row(key.layer, sequence->row)[key.branch->first + key.block] = device;
+    tables_.set(key.layer, sequence->row, key.branch->first + key.block, 1, device);
   }
 }
 

@@ -196,6 +196,7 @@ class BlockMap {
 
   // Where each block of each sequence lies; of a pooled one, where it was shown last.
   [[nodiscard]] const BlockTables& tables() const { return tables_; }
+  [[nodiscard]] BlockTables& tables() { return tables_; }
   void reserve_blocks(std::uint32_t blocks) { tables_.reserve_blocks(blocks); }
 
   // One empty block more at the end of a layer, or the last block, at rest, dropped and gone.

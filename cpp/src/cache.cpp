@@ -742,6 +742,11 @@ void Cache::abort() noexcept {
 
 StepTables Cache::tables() const { return Turn(*this, ask)->tables(); }
 
+// A kernel asks for it from inside.
+const std::vector<TableEdit>* Cache::take_table_edits() {
+  return Turn(*this, ask)->scheduler_.map().tables().take_edits();
+}
+
 OpenStep Cache::open_step() const { return Turn(*this, ask)->open_step(); }
 
 Stats Cache::stats() const { return Turn(*this, ask)->stats(); }

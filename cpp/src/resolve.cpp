@@ -1,6 +1,7 @@
 // Geometry, block size and budgets, checked before anything is made.
 #include "resolve.hpp"
 
+#include <optional>
 #include <string>
 
 #include "pie/backends.hpp"
@@ -45,6 +46,25 @@ HostOptions host_options(const CacheOptions& options, const Geometry& geometry) 
   return host;
 }
 
+// The GPU's number; none where the CPU computes. Throws ConfigError for another word.
+std::optional<int> gpu_of(const std::string& device) {
+  if (device == "cpu") return std::nullopt;
+  if (device == "cuda") return 0;
+  const std::string prefix = "cuda:";
+  const std::string digits = device.starts_with(prefix) ? device.substr(prefix.size()) : "";
+  const bool is_number = !digits.empty() && digits.size() < 4 &&
+                         digits.find_first_not_of("0123456789") == std::string::npos;
+  if (!is_number) {
+    throw ConfigError("device is '" + device + "': use 'cpu', 'cuda' or 'cuda:N'.");
+  }
+  return std::stoi(digits);
+}
+
+Bytes stride_of(const CacheOptions& options, const Geometry& geometry) {
+  return gpu_of(options.device) ? cuda_frame_stride(geometry.frame_bytes())
+                                : host_frame_stride(host_options(options, geometry));
+}
+
 // Large blocks make large copies and small tables, but every sequence holds one partial block a
 // layer: take the largest that leaves room for the partial blocks of some 16 sequences.
 std::uint32_t choose_block_tokens(const CacheOptions& options) {
@@ -52,8 +72,7 @@ std::uint32_t choose_block_tokens(const CacheOptions& options) {
   Geometry geometry = options.geometry;
   for (const std::uint32_t tokens : {64U, 32U}) {
     geometry.block_tokens = tokens;
-    if (3 * sequences * least_frames(geometry) *
-            host_frame_stride(host_options(options, geometry)) <=
+    if (3 * sequences * least_frames(geometry) * stride_of(options, geometry) <=
         options.device_bytes) {
       return tokens;
     }
@@ -75,8 +94,7 @@ Geometry resolve(const CacheOptions& options) {
 }
 
 std::unique_ptr<Backend> open_backend(const CacheOptions& options, const Geometry& geometry) {
-  const HostOptions host = host_options(options, geometry);
-  const Bytes stride = host_frame_stride(host);
+  const Bytes stride = stride_of(options, geometry);
   const Bytes least = least_frames(geometry) * stride;
   if (options.device_bytes < least) {
     throw ConfigError(
@@ -91,7 +109,19 @@ std::unique_ptr<Backend> open_backend(const CacheOptions& options, const Geometr
                       ", less than one block of one layer (" + std::to_string(stride) +
                       " bytes). Give more, or 0 for no pool.");
   }
-  return open_host(host);
+  const std::optional<int> gpu = gpu_of(options.device);
+  if (!gpu) return open_host(host_options(options, geometry));
+  if (!options.pool_dir.empty()) {
+    throw ConfigError("pool_dir is '" + options.pool_dir +
+                      "': behind a GPU the pool is CPU memory; leave pool_dir out.");
+  }
+  CudaOptions cuda;
+  cuda.device = *gpu;
+  cuda.frame_bytes = geometry.frame_bytes();
+  cuda.device_bytes = options.device_bytes;
+  cuda.pool_bytes = options.pool_bytes;
+  cuda.driver = options.driver;
+  return open_cuda(cuda);
 }
 
 }  // namespace pie

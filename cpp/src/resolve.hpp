@@ -19,7 +19,8 @@ void check_geometry(const Geometry& geometry);
 // The geometry asked for, its block_tokens chosen where that was left open. Throws ConfigError.
 [[nodiscard]] Geometry resolve(const CacheOptions& options);
 
-// The host backend. Throws ConfigError where the budgets cannot hold one step of one sequence.
+// The backend of the device. Throws ConfigError where the budgets cannot hold one step of one
+// sequence.
 [[nodiscard]] std::unique_ptr<Backend> open_backend(const CacheOptions& options,
                                                     const Geometry& geometry);
 

@@ -24,10 +24,15 @@ class BlockTables {
   // Blocks [0, blocks) can be told of.
   void reserve_blocks(std::uint32_t blocks);
 
+  // Blocks [block, block + count) of a row lie in the frames from `frame` on, or in none.
+  void set(std::uint32_t layer, std::uint32_t row, std::uint32_t block, std::uint32_t count,
+           std::int32_t frame);
+
+  // What was set since this was called last, oldest first, for who keeps a copy; not what lies
+  // nowhere any more. Null: too much, or this is the first call, so all of it is to be copied.
+  [[nodiscard]] const std::vector<TableEdit>* take_edits();
+
   // `[blocks]`, by block of the sequence: a frame of the device, or `no_table_frame`.
-  [[nodiscard]] std::int32_t* row(std::uint32_t layer, std::uint32_t row) {
-    return entries_.data() + offset(layer, row);
-  }
   [[nodiscard]] const std::int32_t* row(std::uint32_t layer, std::uint32_t row) const {
     return entries_.data() + offset(layer, row);
   }
@@ -42,12 +47,17 @@ class BlockTables {
     return (std::size_t{layer} * rows_ + row) * blocks_;
   }
   void resize(std::uint32_t rows, std::uint32_t blocks);
+  void note(const TableEdit& edit);
 
   std::uint32_t layers_;
   std::uint32_t rows_ = 0;
   std::uint32_t blocks_ = 0;
   std::vector<std::int32_t> entries_;
-  std::vector<bool> used_;  // by row
+  std::vector<bool> used_;        // by row
+  bool noting_ = false;           // somebody keeps a copy
+  bool all_ = true;               // more has changed since than was noted
+  std::vector<TableEdit> edits_;  // since `take_edits`
+  std::vector<TableEdit> taken_;  // what it returned
 };
 
 }  // namespace pie

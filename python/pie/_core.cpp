@@ -8,6 +8,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -15,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "_layers.hpp"
 #include "_pages.hpp"
 #include "pie/attention.hpp"
 #include "pie/backends.hpp"
@@ -97,7 +99,9 @@ nb::capsule owner_of(std::shared_ptr<const void> owner) {
 class Cache {
  public:
   explicit Cache(const pie::CacheOptions& options)
-      : dtype_(options.geometry.dtype),
+      : device_(options.device == "cpu" ? nb::device::cpu::value : nb::device::cuda::value),
+        device_id_(options.device.starts_with("cuda:") ? std::stoi(options.device.substr(5)) : 0),
+        dtype_(options.geometry.dtype),
         kv_heads_(options.geometry.kv_heads),
         head_dim_(options.geometry.head_dim),
         cache_(std::make_unique<pie::Cache>(options)) {}
@@ -115,6 +119,9 @@ class Cache {
     return std::forward<Call>(call)(*cache_);
   }
 
+  // The C++ cache itself, for what needs the interpreter lock or gives it up by itself.
+  [[nodiscard]] pie::Cache& tiered() { return *cache_; }
+
   nb::tuple gather(std::uint32_t layer, const pie::LayerInputs& inputs) {
     std::shared_ptr<const void> memory;
     const pie::Gathered got = enter([&](auto& cache) {
@@ -131,16 +138,17 @@ class Cache {
   }
 
   nb::object frames() {
-    const auto [arena, tokens] = enter([](auto& cache) {
-      return std::pair(cache.arena(), std::size_t{cache.geometry().block_tokens});
-    });
-    const auto head = static_cast<std::int64_t>(tokens * head_dim_);
-    const std::size_t shape[] = {arena.frames, 2, kv_heads_, tokens, head_dim_};
-    const std::int64_t strides[] = {
-        static_cast<std::int64_t>(arena.stride_bytes / pie::dtype_bytes(dtype_)),
-        head * static_cast<std::int64_t>(kv_heads_), head, static_cast<std::int64_t>(head_dim_), 1};
-    return nb::cast(nb::ndarray<>(arena.start, 5, shape, owner_of(arena.owner), strides,
-                                  dlpack_dtype(dtype_), nb::device::cpu::value));
+    const Frames at = describe();
+    return nb::cast(nb::ndarray<>(at.arena.start, 5, at.shape.data(), owner_of(at.arena.owner),
+                                  at.strides.data(), dlpack_dtype(dtype_), device_, device_id_));
+  }
+
+  // Where the device tier is, for who cannot take it as an array.
+  nb::tuple arena() {
+    const Frames at = describe();
+    return nb::make_tuple(reinterpret_cast<std::uintptr_t>(at.arena.start),
+                          std::vector(at.shape.begin(), at.shape.end()),
+                          std::vector(at.strides.begin(), at.strides.end()));
   }
 
   // The table is the array's own: a later one does not change it.
@@ -158,6 +166,26 @@ class Cache {
   }
 
  private:
+  // `[frames, 2, kv_heads, block_tokens, head_dim]`, strides in elements.
+  struct Frames {
+    pie::Arena arena;
+    std::array<std::size_t, 5> shape;
+    std::array<std::int64_t, 5> strides;
+  };
+  Frames describe() {
+    const auto [arena, tokens] = enter([](auto& cache) {
+      return std::pair(cache.arena(), std::size_t{cache.geometry().block_tokens});
+    });
+    const auto head = static_cast<std::int64_t>(tokens * head_dim_);
+    return {arena,
+            {arena.frames, 2, kv_heads_, tokens, head_dim_},
+            {static_cast<std::int64_t>(arena.stride_bytes / pie::dtype_bytes(dtype_)),
+             head * static_cast<std::int64_t>(kv_heads_), head,
+             static_cast<std::int64_t>(head_dim_), 1}};
+  }
+
+  int device_;
+  int device_id_;
   pie::DType dtype_;
   std::size_t kv_heads_;
   std::size_t head_dim_;
@@ -173,11 +201,14 @@ struct Step {
   pie::Reader reader = pie::Reader::attend;
 };
 
-void construct(Cache* self, std::uint32_t layers, std::uint32_t kv_heads, std::uint32_t head_dim,
-               std::uint32_t block_tokens, const std::string& dtype, std::uint64_t device_bytes,
-               std::uint64_t pool_bytes, const std::string& pool_dir, const std::string& policy,
-               const std::vector<std::uint32_t>& windows) {
+void construct(Cache* self, const std::string& device, std::uint32_t layers, std::uint32_t kv_heads,
+               std::uint32_t head_dim, std::uint32_t block_tokens, const std::string& dtype,
+               std::uint64_t device_bytes, std::uint64_t pool_bytes, const std::string& pool_dir,
+               const std::string& policy, const std::vector<std::uint32_t>& windows,
+               const std::string& driver) {
   pie::CacheOptions options;
+  options.device = device;
+  if (!driver.empty()) options.driver = driver;
   options.geometry = {layers, kv_heads, head_dim, block_tokens, dtype_from(dtype), windows};
   options.device_bytes = device_bytes;
   options.pool_bytes = pool_bytes;
@@ -190,7 +221,8 @@ pie::Reader reader_from(const std::string& name) {
   if (name == "attend") return pie::Reader::attend;
   if (name == "gather") return pie::Reader::gather;
   if (name == "pages") return pie::Reader::pages;
-  throw pie::ConfigError("reader is '" + name + "': use 'attend', 'gather' or 'pages'.");
+  if (name == "kernel") return pie::Reader::kernel;
+  throw pie::ConfigError("reader is '" + name + "': use 'attend', 'gather', 'pages' or 'kernel'.");
 }
 
 Step make_step(const nb::object& owner, Cache& cache, const Batch& batch,
@@ -302,6 +334,40 @@ void bind_step(nb::class_<Cache>& cache) {
           "(rows, layer that comes next) of the open step; no rows: none is.");
 }
 
+// Layers that a Python object runs, on a device that the calling thread does not compute on.
+void bind_layers(nb::class_<Cache>& cache) {
+  cache
+      .def(
+          "run",
+          [](Cache& self, std::uint32_t layer, const nb::object& target) {
+            PythonKernel kernel(self.tiered(), target);
+            self.enter([&](auto& tiered) { tiered.run(layer, kernel); });
+          },
+          "layer"_a, "target"_a, nb::sig("def run(self, layer: int, target: typing.Any) -> None"),
+          "Has `target` append the layer's K and V and read all of each sequence.")
+      .def(
+          "set_stream",
+          [](Cache& self, std::uintptr_t stream) {
+            self.enter([&](auto& tiered) { tiered.set_stream({stream}); });
+          },
+          "stream"_a, "The stream that the caller's compute runs on.")
+      .def(
+          "arena", [](Cache& self) { return self.arena(); },
+          nb::sig("def arena(self) -> tuple[int, list[int], list[int]]"),
+          "The device tier: address, shape as `frames`, strides in elements.")
+      .def(
+          "step_rows", [](Cache& self) { return step_rows(self.tiered()); },
+          "Of each packed row of the step: its row of the tables, and its position.")
+      .def(
+          "block_tables", [](Cache& self) { return block_tables(self.tiered()); },
+          nb::sig("def block_tables(self) -> tuple[bytes, int, int, int]"),
+          "The tables of frames, and how many layers, rows and blocks they have.")
+      .def(
+          "table_edits", [](Cache& self) { return table_edits(self.tiered()); },
+          nb::sig("def table_edits(self) -> list[bytes] | None"),
+          "What changed in the tables since this was asked last; None: all may have.");
+}
+
 void bind_steps(nb::module_& module) {
   nb::class_<Step>(module, "Step", "A step: finished on leaving, taken back on an exception.")
       .def("__enter__", &begin, nb::sig("def __enter__(self) -> typing.Any"))
@@ -323,9 +389,9 @@ void bind_steps(nb::module_& module) {
 void bind_cache(nb::module_& module) {
   nb::class_<Cache> cache(module, "Cache", "Native side of pie.TieredKVCache.");
   cache
-      .def("__init__", &construct, "layers"_a, "kv_heads"_a, "head_dim"_a, "block_tokens"_a,
-           "dtype"_a, "device_bytes"_a, "pool_bytes"_a, "pool_dir"_a, "policy"_a, "windows"_a,
-           nb::call_guard<nb::gil_scoped_release>())
+      .def("__init__", &construct, "device"_a, "layers"_a, "kv_heads"_a, "head_dim"_a,
+           "block_tokens"_a, "dtype"_a, "device_bytes"_a, "pool_bytes"_a, "pool_dir"_a, "policy"_a,
+           "windows"_a, "driver"_a, nb::call_guard<nb::gil_scoped_release>())
       .def(
           "add", [](Cache& self) { return self.enter([](auto& tiered) { return tiered.add(); }); },
           "Makes an empty sequence.")
@@ -374,6 +440,7 @@ void bind_cache(nb::module_& module) {
           "close", [](Cache& self) { self.enter([](auto& tiered) { tiered.close(); }); },
           "Gives all memory back.");
   bind_step(cache);
+  bind_layers(cache);
   bind_steps(module);
 }
 

@@ -12,16 +12,22 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch.utils.dlpack import from_dlpack
 
 from pie import _core
 from pie._core import ConfigError, LogicError
+from pie.gpu.layer import Layer, Queries
+from pie.gpu.runtime import Runtime, runtime_for
+from pie.memory import available_memory
 from pie.ops import check_sinks, library
 from pie.sizes import parse_size
 from pie.threads import lend_threads
+
+if TYPE_CHECKING:
+    from pie.gpu.attention import GpuLayers
 
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 _AUTO_FREE_BYTES = 16 << 20  # on a disk with less free than this, "auto" is refused
@@ -81,10 +87,10 @@ class TieredKVCache:
 
     num_layers, num_kv_heads, head_dim: geometry, the same in every layer.
     dtype: of q, K, V and the result; torch.float32, bfloat16 or float16, or "f32", "bf16", "f16".
-    device: "cpu". (A CUDA backend is not part of this build.)
+    device: "cpu"; or "cuda", "cuda:1", on whose current stream steps are computed.
     device_bytes: bounds everything held on the device. An int of bytes, or text like "512MiB".
-    pool_bytes: the most that the pool may take; "auto" is half of the free disk in `pool_dir`,
-        None or 0 is no pool. It is taken as it is needed, not at once.
+    pool_bytes: the most that the pool may take; "auto" is half of the free disk in `pool_dir`, of
+        the free CPU memory behind a GPU; None or 0 is no pool. It is taken as it is needed.
     pool_dir: directory of the pool's file, which is unlinked as soon as it is made; by default the
         first of $TMPDIR, /var/tmp and /tmp that is on a disk. Memory (tmpfs) must be asked for by
         name, as in "tmpfs:/dev/shm".
@@ -112,11 +118,7 @@ class TieredKVCache:
         policy: str = "fit",
         windows: Sequence[int] | None = None,
     ) -> None:
-        if str(device).partition(":")[0] != "cpu":
-            raise ConfigError(
-                f"device is {str(device)!r}: this build of Pie computes on 'cpu' only, "
-                "its CUDA backend is not part of it."
-            )
+        runtime = runtime_for(device)
         directory = os.fsdecode(pool_dir) if pool_dir is not None else ""
         if not isinstance(policy, str):
             raise ConfigError(f"policy is {policy!r}: give 'fit', 'off' or 'fixed:F' as text.")
@@ -125,18 +127,24 @@ class TieredKVCache:
         self.head_dim = _positive("head_dim", head_dim)
         self.dtype = torch_dtype(dtype)
         self._scale = self.head_dim**-0.5
+        self._windows = [_count("a window", window) for window in windows or ()]
         self._core = _core.Cache(
+            device="cpu" if runtime is None else runtime.name,
             layers=self.num_layers,
             kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             block_tokens=0 if block_tokens is None else _positive("block_tokens", block_tokens),
             dtype=dtype_name(dtype),
             device_bytes=parse_size(device_bytes, "device_bytes"),
-            pool_bytes=_pool_bytes(pool_bytes, directory),
+            pool_bytes=_pool_bytes(pool_bytes, directory, runtime),
             pool_dir=directory,
             policy=policy,
-            windows=[_count("a window", window) for window in windows or ()],
+            windows=self._windows,
+            driver="" if runtime is None else runtime.driver,
         )
+        self._runtime = runtime
+        self._gpu = None if runtime is None else _gpu_layers(runtime, self._core, self.dtype)
+        self.device = torch.device("cpu") if runtime is None else runtime.device
         self._frames: torch.Tensor | None = None
         number = next(_numbers)
         _caches[number] = self
@@ -171,6 +179,8 @@ class TieredKVCache:
         }
         self._core.resize(**moved)
         self._frames = None
+        if self._gpu is not None:
+            self._gpu.frames = None
 
     def truncate(self, sequence: int, tokens: int) -> None:
         """Keeps the first `tokens` tokens of a sequence.
@@ -202,8 +212,18 @@ class TieredKVCache:
         entries = [(_known(sequence), _count("new tokens", tokens)) for sequence, tokens in batch]
         if not any(tokens for _, tokens in entries):
             raise LogicError("The step's batch has no new tokens: leave such a step out.")
-        lend_threads()
-        step: AbstractContextManager[TieredKVCache] = _core.step(self, self._core, entries, reader)
+        if self._gpu is None:
+            lend_threads()
+        elif reader == "pages":
+            raise ConfigError(
+                "On a GPU a step has no reader 'pages' yet: use 'attend' or 'gather'."
+            )
+        else:
+            self._gpu.open()
+        self._reader = reader
+        read_by = reader if self._gpu is None else "kernel"
+        step: AbstractContextManager[TieredKVCache] = _core.step(self, self._core, entries, read_by)
+        self._batch = entries
         return step
 
     def open_step(self) -> tuple[int, int]:
@@ -270,7 +290,7 @@ class TieredKVCache:
         """
         layer = self._layer(layer)
         for name, tensor in (("q", q), ("k", k), ("v", v)):
-            _check_place(name, tensor)
+            self._check_place(name, tensor)
         if out is None:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse else None
@@ -297,9 +317,16 @@ class TieredKVCache:
         self._check_tensor("v", v, rows, self.num_kv_heads)
         self._check_tensor("out", out, rows, query_heads)
         if sinks is not None:
-            check_sinks(sinks, query_heads)
+            check_sinks(sinks, query_heads, q.device)
+        scale = self._scale if scale is None else scale
+        layer = due if layer < 0 else layer
+        if self._gpu is not None:
+            if lse is None:
+                lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+            self._run(layer, k, v, Queries(q, out, lse, scale, soft_cap, sinks), None)
+            return
         self._core.attend(
-            due if layer < 0 else layer,
+            layer,
             k.data_ptr(),
             k.stride(0),
             k.stride(1),
@@ -313,7 +340,7 @@ class TieredKVCache:
             out.stride(0),
             out.stride(1),
             query_heads,
-            self._scale if scale is None else scale,
+            scale,
             soft_cap,
             0 if sinks is None else sinks.data_ptr(),
             0 if lse is None else lse.data_ptr(),
@@ -331,6 +358,8 @@ class TieredKVCache:
         rows, _ = self._in_step("gather")
         self._check_tensor("k", k, rows, self.num_kv_heads)
         self._check_tensor("v", v, rows, self.num_kv_heads)
+        if self._gpu is not None:
+            return self._gather_on_gpu(self._layer(layer), k, v)
         keys, values = self._core.gather(
             self._layer(layer),
             k.data_ptr(),
@@ -364,6 +393,27 @@ class TieredKVCache:
         with torch.inference_mode(False):
             return from_dlpack(table)
 
+    def _run(
+        self,
+        layer: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        queries: Queries | None,
+        gathered: torch.Tensor | None,
+    ) -> None:
+        assert self._gpu is not None
+        window = self._windows[layer] if self._windows else 0
+        self._gpu.run(Layer(layer, window, k, v, queries, gathered), k.shape[0])
+
+    def _gather_on_gpu(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths = [self.length(sequence) + new for sequence, new in self._batch]
+        shape = (2, len(lengths), self.num_kv_heads, max(lengths), self.head_dim)
+        gathered = k.new_zeros(shape)
+        self._run(layer, k, v, None, gathered)
+        return gathered[0], gathered[1]
+
     @property
     def frames(self) -> torch.Tensor:
         """The device tier, `[frames, 2 (K, V), num_kv_heads, block_tokens, head_dim]`, not copied.
@@ -371,6 +421,8 @@ class TieredKVCache:
         What lies in a frame is told by `pages`. The tensor keeps the memory alive, closed or not,
         but does not follow a `resize`: ask for it again; a frame that was given up reads as zeros.
         """
+        if self._frames is None and self._runtime is not None:
+            self._frames = self._runtime.frames(self._core, self.dtype)
         if self._frames is None:
             with torch.inference_mode(False):
                 self._frames = from_dlpack(self._core.frames())
@@ -400,7 +452,15 @@ class TieredKVCache:
     def _report_fallback(self) -> None:
         stats = self._core.stats()
         pool_io = stats["pool_io"]
-        if pool_io not in ("none", "direct-uring"):
+        if pool_io == "pageable":
+            warnings.warn(
+                f"The pool's CPU memory is not pinned ({stats['pool_io_reason']}), so that copies "
+                "do not run beside the computation: raise the limit (ulimit -l), or expect it to "
+                "be slow.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        elif pool_io not in ("none", "pinned", "direct-uring"):
             warnings.warn(
                 f"The pool is reached by {pool_io} instead of direct I/O through io_uring, which "
                 f"may be slower or fill the page cache: {stats['pool_io_reason']}.",
@@ -433,8 +493,20 @@ class TieredKVCache:
             )
         return heads
 
+    def _check_place(self, name: str, tensor: torch.Tensor) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            raise LogicError(f"{name} is a {type(tensor).__name__}: give a torch.Tensor.")
+        here = tensor.device.type == "cpu" if self._gpu is None else self._on_gpu(tensor)
+        if not here:
+            raise LogicError(
+                f"{name} is on {tensor.device}, this cache computes on {self.device}: move it."
+            )
+
+    def _on_gpu(self, tensor: torch.Tensor) -> bool:
+        return self._runtime is not None and self._runtime.is_here(tensor)
+
     def _check_tensor(self, name: str, tensor: torch.Tensor, rows: int, heads: int) -> None:
-        _check_place(name, tensor)
+        self._check_place(name, tensor)
         shape = (rows, heads, self.head_dim)
         if tensor.shape != shape:
             raise LogicError(
@@ -458,13 +530,6 @@ def _positive(name: str, value: int) -> int:
     return value
 
 
-def _check_place(name: str, tensor: torch.Tensor) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise LogicError(f"{name} is a {type(tensor).__name__}: give a torch.Tensor.")
-    if tensor.device.type != "cpu":
-        raise LogicError(f"{name} is on {tensor.device}, this cache computes on cpu: move it.")
-
-
 def _count(name: str, value: int) -> int:
     if type(value) is not int or not 0 <= value < 2**32:
         raise LogicError(f"{name} is {value!r}: give a whole number that is not negative.")
@@ -482,9 +547,11 @@ def _bytes_or_none(size: int | str, name: str) -> int:
     return 0 if size in (0, "0") else parse_size(size, name)
 
 
-def _pool_bytes(pool_bytes: int | str | None, directory: str) -> int:
+def _pool_bytes(pool_bytes: int | str | None, directory: str, runtime: Runtime | None) -> int:
     if pool_bytes is None:
         return 0
+    if runtime is not None:
+        return _pinned_bytes(pool_bytes)
     if pool_bytes == "auto":
         place = directory.removeprefix("tmpfs:") or _core.default_pool_dir()
         free = _core.free_disk_bytes(place)
@@ -495,6 +562,26 @@ def _pool_bytes(pool_bytes: int | str | None, directory: str) -> int:
             )
         return free // 2
     return _bytes_or_none(pool_bytes, "pool_bytes")
+
+
+def _pinned_bytes(pool_bytes: int | str) -> int:
+    """Bytes of a pool in CPU memory, of which no other use can be made while it is pinned."""
+    free = available_memory()
+    if pool_bytes == "auto":
+        return free // 2
+    wanted = _bytes_or_none(pool_bytes, "pool_bytes")
+    if wanted > free:
+        raise ConfigError(
+            f"pool_bytes is {wanted}, and of this machine's CPU memory, the limits of its control "
+            f"groups considered, {free} bytes are free to pin: give less, or 'auto' for half of it."
+        )
+    return wanted
+
+
+def _gpu_layers(runtime: Runtime, core: _core.Cache, dtype: torch.dtype) -> GpuLayers:
+    from pie.gpu.attention import GpuLayers  # brings Triton, which not everybody has
+
+    return GpuLayers(runtime, core, dtype)
 
 
 # The operator under TieredKVCache.attend, so that eager and compiled models go one way. It finds
@@ -517,5 +604,6 @@ def _attend_tiered(handle: torch.Tensor, *arguments: Any) -> None:
 
 
 library.impl("attend_tiered", _attend_tiered, "CPU")
+library.impl("attend_tiered", _attend_tiered, "CUDA")
 torch.library.register_fake("pie::attend_tiered", lambda *_: None, lib=library)
 _attend_op = torch.ops.pie.attend_tiered.default

@@ -77,7 +77,7 @@ def _attend(
         )
     _check_rows("q", q, frames, heads)
     if sinks is not None:
-        check_sinks(sinks, heads)
+        check_sinks(sinks, heads, q.device)
     if not 0 <= window < 2**32:
         raise LogicError(f"window is {window}: give a number of tokens, or 0 for all.")
     out, lse = _attend_fake(frames, table, starts, positions, q, scale)
@@ -108,18 +108,18 @@ torch.library.register_fake("pie::append", lambda *_: None, lib=library)
 torch.library.register_fake("pie::attend", _attend_fake, lib=library)
 
 
-def check_sinks(sinks: torch.Tensor, heads: int) -> None:
+def check_sinks(sinks: torch.Tensor, heads: int, device: torch.device) -> None:
     """Raises LogicError unless `sinks` has a score for each query head."""
     if (
         not isinstance(sinks, torch.Tensor)
         or sinks.shape != (heads,)
         or sinks.dtype is not torch.float32
         or not sinks.is_contiguous()
-        or sinks.device.type != "cpu"
+        or sinks.device != device
     ):
         raise LogicError(
-            f"sinks must be a contiguous float32 tensor of shape [{heads}] on cpu, one for each "
-            "query head."
+            f"sinks must be a contiguous float32 tensor of shape [{heads}] on {device}, one for "
+            "each query head."
         )
 
 

@@ -33,7 +33,7 @@ SEAM = {"types", "error", "process", "backend", "backends", "parallel", "attenti
 SEAM |= {"ledger", "plugin"}
 
 # The same for the modules of the package.
-PARTS = ["_core", "sizes", "memory", "threads", "ops", "cache", "info", "hf", "cli"]
+PARTS = ["_core", "sizes", "memory", "threads", "gpu", "ops", "cache", "info", "hf", "cli"]
 
 
 def files(*patterns: str) -> list[Path]:

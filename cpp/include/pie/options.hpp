@@ -1,4 +1,4 @@
-// What a cache over the host backend is made from.
+// What a cache is made from.
 #pragma once
 
 #include <cstddef>
@@ -9,13 +9,15 @@
 namespace pie {
 
 struct CacheOptions {
+  std::string device = "cpu";    // or "cuda", "cuda:1": see CudaOptions
   Geometry geometry;             // block_tokens 0: chosen from device_bytes
   Bytes device_bytes = 0;        // bounds everything held on the device: frames, ring, staging
   Bytes pool_bytes = 0;          // 0: no pool
   std::string pool_dir;          // see HostOptions
   std::string policy = "fit";    // "fit", "fixed:F" with F in [0, 1], "off"
   std::string pool_io = "auto";  // see HostOptions
-  std::byte* device_memory = nullptr;  // see HostOptions
+  std::byte* device_memory = nullptr;   // see HostOptions
+  std::string driver = "libcuda.so.1";  // see CudaOptions
 };
 
 }  // namespace pie

@@ -27,6 +27,16 @@ inline constexpr FrameIndex no_frame = 0xffffffff;
 // What a table of frames says where there is none.
 inline constexpr std::int32_t no_table_frame = -1;
 
+// A change of tables `[layers, rows, blocks]`: blocks [block, block + count) of a row came to lie
+// in the frames from `frame` on.
+struct TableEdit {
+  std::uint32_t layer = 0;
+  std::uint32_t row = 0;
+  std::uint32_t block = 0;
+  std::uint32_t count = 0;
+  std::int32_t frame = no_table_frame;
+};
+
 // The frames of adjacent blocks, by a table of device frames: number i of them starts at
 // `memory` + `table[i]` * `stride` bytes.
 struct BlockFrames {

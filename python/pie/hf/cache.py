@@ -117,7 +117,7 @@ class TieredCache(Cache):
     """KV cache of one batch, for `generate` and `forward`, over device memory and a pool behind it.
 
     config: the model's; its attention implementation decides the mode, and is checked at use.
-    dtype: of K and V; by default that of the config. device: "cpu", or None for that.
+    dtype: of K and V; by default that of the config. device: the model's; None is "cpu".
     The other arguments are those of pie.TieredKVCache. `kv` is the TieredKVCache underneath.
     """
 
@@ -423,7 +423,7 @@ class TieredCache(Cache):
         if sum(gains) < batch * new:
             real = torch.tensor(
                 [row * new + token for row, n in enumerate(gains) for token in range(new - n, new)],
-                device="cpu",
+                device=self.kv.device,
             )
         after = _Rows(sequences, tuple(pads), now.length + new)
         self._pass = _Pass(now, after, step, real)

@@ -1,0 +1,521 @@
+"""Checks and measures Pie on a GPU: `make gpu-check`, or this file by itself.
+
+Everything that tests show over a double of the driver and in Triton's interpreter is run for real:
+the backend's conformance suite, the kernels against a reference, tokens of a model against the
+cache of transformers. Then what only a GPU can tell: the link by size of copy, the rate of attention
+beside torch's, and whether a step that streams is slower than one that does not. One report, as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pie
+
+ROOT = Path(__file__).resolve().parents[1]
+GPU = torch.device("cuda", 0)
+MIB = 1 << 20
+
+Report = dict[str, Any]
+
+
+# ---- what is measured on
+
+
+def machine() -> Report:
+    properties = torch.cuda.get_device_properties(GPU)
+    query = "driver_version,pcie.link.gen.current,pcie.link.width.current,clocks.sm,clocks.mem"
+    smi = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    import triton
+
+    return {
+        "gpu": properties.name,
+        "processors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "nvidia_smi": {query: smi.stdout.strip()},
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "pie": pie.__version__,
+    }
+
+
+# ---- is it right
+
+
+def conformance() -> Report:
+    """The backend's suite over the real driver."""
+    program = os.environ.get("PIE_TEST_CUDA", str(ROOT / "build/release/test_cuda"))
+    if not Path(program).exists():
+        return {"skipped": f"{program} was not built"}
+    ran = subprocess.run(
+        [program, "--gtest_filter=CudaEarliest/*", "--gtest_brief=1"],
+        env={**os.environ, "PIE_TEST_DRIVER": "libcuda.so.1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    return {"ok": ran.returncode == 0, "said": ran.stdout[-3000:] + ran.stderr[-1000:]}
+
+
+Case = tuple[torch.dtype, int, int, int, int]  # dtype, kv_heads, heads, head_dim, window
+
+CASES: list[Case] = [
+    (torch.bfloat16, 8, 32, 128, 0),
+    (torch.float16, 8, 32, 128, 0),
+    (torch.float32, 2, 6, 64, 0),
+    (torch.bfloat16, 4, 4, 80, 0),
+    (torch.bfloat16, 2, 14, 96, 100),
+    (torch.float16, 1, 16, 256, 0),
+    (torch.bfloat16, 3, 9, 64, 40),
+]
+
+
+def reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of the last rows to all of k and v, in float64; out and log-sum-exp."""
+    rows, heads, dim = q.shape
+    tokens, kv_heads, _ = k.shape
+    k = k.double().repeat_interleave(heads // kv_heads, 1)
+    v = v.double().repeat_interleave(heads // kv_heads, 1)
+    scores = torch.einsum("rhd,thd->hrt", q.double(), k) * dim**-0.5
+    at = torch.arange(tokens - rows, tokens, device=q.device)[:, None]
+    token = torch.arange(tokens, device=q.device)[None, :]
+    hidden = (token > at) | ((token <= at - window) if window else (token < 0))
+    scores = scores.masked_fill(hidden, float("-inf"))
+    return torch.einsum("hrt,thd->rhd", scores.softmax(-1), v), scores.logsumexp(-1).T
+
+
+def kernel_case(case: Case) -> Report:
+    """Prompts and tokens of two sequences, most of their KV streamed, against float64."""
+    dtype, kv_heads, heads, dim, window = case
+    layers, tokens = 2, 64
+    frame = 2 * kv_heads * tokens * dim * dtype.itemsize
+    cache = pie.TieredKVCache(
+        layers,
+        kv_heads,
+        dim,
+        dtype,
+        GPU,
+        device_bytes=frame * 40,
+        pool_bytes=frame * 200,
+        block_tokens=tokens,
+        windows=[window] * layers,
+    )
+    generator = torch.Generator(GPU).manual_seed(1)
+
+    def draw(rows: int, count: int) -> torch.Tensor:
+        return torch.randn(rows, count, dim, device=GPU, generator=generator).to(dtype)
+
+    one, other = cache.add(), cache.add()
+    kept: dict[tuple[int, int], list[list[torch.Tensor]]] = {}
+    worst, worst_lse = 0.0, 0.0
+    steps = [[(one, 500)], [(other, 700)], [(one, 3), (other, 1)], [(one, 1), (other, 300)]]
+    steps += [[(one, 1), (other, 1)] for _ in range(20)]
+    for batch in steps:
+        rows = sum(new for _, new in batch)
+        with cache.step(batch):
+            for layer in range(layers):
+                q, k, v = draw(rows, heads), draw(rows, kv_heads), draw(rows, kv_heads)
+                out, lse = cache.attend(layer, q, k, v, return_lse=True)
+                first = 0
+                for sequence, new in batch:
+                    mine = slice(first, first + new)
+                    held = kept.setdefault((sequence, layer), [[], []])
+                    held[0].append(k[mine])
+                    held[1].append(v[mine])
+                    wanted, wanted_lse = reference(
+                        q[mine], torch.cat(held[0]), torch.cat(held[1]), window
+                    )
+                    worst = max(worst, float((out[mine] - wanted).abs().max()))
+                    worst_lse = max(worst_lse, float((lse[mine] - wanted_lse).abs().max()))
+                    first += new
+    cache.check()
+    streamed = cache.stats().streamed_bytes
+    cache.close()
+    bound = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    return {
+        "case": [str(dtype), kv_heads, heads, dim, window],
+        "error": worst,
+        "lse_error": worst_lse,
+        "streamed_bytes": streamed,
+        "ok": worst < bound and worst_lse < 1e-2 and (streamed > 0 or window > 0),
+    }
+
+
+def kernels() -> Report:
+    cases = [kernel_case(case) for case in CASES]
+    return {"ok": all(case["ok"] for case in cases), "cases": cases}
+
+
+def tokens() -> Report:
+    """Greedy tokens of a small model in float32, most of its KV streamed, against DynamicCache."""
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+    from pie.hf import TieredCache
+    from pie.hf.generation import cache_argument
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+    )
+    results: dict[str, list[list[int]]] = {}
+    prompt = torch.randint(0, 1000, (3, 400), device=GPU)
+    streamed = 0
+    for name in ("dynamic", "pie", "gather"):
+        config._attn_implementation = "pie" if name == "pie" else "eager"
+        torch.manual_seed(1)
+        model = LlamaForCausalLM(config).to(GPU).eval()
+        if name == "dynamic":
+            cache: Any = DynamicCache(config=config)
+        else:
+            cache = TieredCache(
+                model.config, torch.float32, GPU, device_bytes="12MiB", pool_bytes="256MiB"
+            )
+        with torch.inference_mode():
+            made = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=64,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=None,
+                **cache_argument(model, cache),
+            )
+        results[name] = made.tolist()
+        if name != "dynamic":
+            streamed = max(streamed, cache.stats().streamed_bytes)
+    equal = {name: made == results["dynamic"] for name, made in results.items()}
+    return {"ok": all(equal.values()) and streamed > 0, "equal": equal, "streamed_bytes": streamed}
+
+
+# ---- how fast it is
+
+
+@contextmanager
+def timed(into: list[float]) -> Iterator[None]:
+    """Seconds of the current stream."""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    yield
+    ended.record()
+    ended.synchronize()
+    into.append(began.elapsed_time(ended) / 1e3)
+
+
+def rate_of(work: Callable[[], None], count_bytes: int, repeats: int = 5) -> float:
+    """Bytes a second, the median."""
+    work()
+    times: list[float] = []
+    for _ in range(repeats):
+        with timed(times):
+            work()
+    return count_bytes / statistics.median(times)
+
+
+def link() -> Report:
+    """Copies each way, pinned and not, by size of copy: 256 MiB in all each time."""
+    total = 256 * MIB
+    device = torch.empty(total, dtype=torch.uint8, device=GPU)
+    curves: Report = {}
+    for kind in ("pinned", "pageable"):
+        host = torch.zeros(total, dtype=torch.uint8, pin_memory=kind == "pinned")
+        for way in ("to_device", "to_host"):
+            curve = {}
+            for size in (64 << 10, 256 << 10, MIB, 4 * MIB, 16 * MIB, 64 * MIB):
+                if kind == "pageable" and size < 4 * MIB:
+                    continue
+
+                def copy(size: int = size, host: torch.Tensor = host, way: str = way) -> None:
+                    for at in range(0, total, size):
+                        here, there = host[at : at + size], device[at : at + size]
+                        to, of = (there, here) if way == "to_device" else (here, there)
+                        to.copy_(of, non_blocking=True)
+
+                curve[size] = rate_of(copy, total, 3) / 1e9
+            curves[f"{kind}_{way}_gb_s"] = curve
+    return curves
+
+
+def filled(
+    lengths: list[int], layers: int, policy: str, device_bytes: int, pool_bytes: int
+) -> tuple[pie.TieredKVCache, list[int]]:
+    """A cache of Llama-8B's geometry whose sequences have these lengths."""
+    cache = pie.TieredKVCache(
+        layers,
+        8,
+        128,
+        torch.bfloat16,
+        GPU,
+        device_bytes=device_bytes,
+        pool_bytes=pool_bytes,
+        block_tokens=64,
+        policy=policy,
+    )
+    sequences = [cache.add() for _ in lengths]
+    for sequence, length in zip(sequences, lengths, strict=True):
+        for begin in range(0, length, 2048):
+            rows = min(2048, length - begin)
+            k, v = (torch.randn(rows, 8, 128, device=GPU, dtype=torch.bfloat16) for _ in range(2))
+            with cache.step([(sequence, rows)]):
+                for layer in range(layers):
+                    cache._run(layer, k, v, None, None)
+    torch.cuda.synchronize()
+    return cache, sequences
+
+
+def attention() -> Report:
+    """Decode attention over frames beside torch's own over contiguous K and V: GB/s of KV."""
+    results = {}
+    for batch, length in ((1, 32768), (8, 8192), (64, 2048), (256, 1024)):
+        kv = 2 * 8 * 128 * 2 * length * batch
+        layers = 4
+        cache, sequences = filled([length] * batch, layers, "off", kv * layers * 5 // 4, 0)
+        q = torch.randn(batch, 32, 128, device=GPU, dtype=torch.bfloat16)
+        k, v = (torch.randn(batch, 8, 128, device=GPU, dtype=torch.bfloat16) for _ in range(2))
+        times: list[float] = []
+        host: list[float] = []
+        for _ in range(12):
+            with cache.step([(sequence, 1) for sequence in sequences]):
+                began = time.perf_counter()
+                with timed(times):
+                    for layer in range(layers):
+                        cache.attend(layer, q, k, v)
+                    host.append((time.perf_counter() - began) / layers)
+        cache.close()
+        keys, values = (
+            torch.randn(layers, batch, 8, length, 128, device=GPU, dtype=torch.bfloat16)
+            for _ in range(2)
+        )
+
+        def attend(
+            q: torch.Tensor = q, keys: torch.Tensor = keys, values: torch.Tensor = values
+        ) -> None:
+            for layer in range(len(keys)):
+                torch.nn.functional.scaled_dot_product_attention(
+                    q[:, :, None], keys[layer], values[layer], enable_gqa=True
+                )
+
+        theirs = rate_of(attend, kv * layers) / 1e9
+        results[f"{batch}x{length}"] = {
+            "pie_gb_s": kv * layers / statistics.median(times[2:]) / 1e9,
+            "torch_gb_s": theirs,
+            "host_us_a_layer": 1e6 * statistics.median(host[2:]),
+        }
+        del keys, values
+    return results
+
+
+def prompt() -> Report:
+    """A chunk of 2,048 tokens after 6,144: the chunked kernel beside torch's own, TFLOP/s."""
+    length, rows = 6144, 2048
+    cache, (sequence,) = filled([length], 2, "off", 512 * MIB, 0)
+    q = torch.randn(rows, 32, 128, device=GPU, dtype=torch.bfloat16)
+    k, v = (torch.randn(rows, 8, 128, device=GPU, dtype=torch.bfloat16) for _ in range(2))
+    flops = 4 * 32 * 128 * (rows * length + rows * rows / 2)
+    times: list[float] = []
+    for _ in range(6):
+        with cache.step([(sequence, rows)]):
+            for layer in range(2):
+                with timed(times):
+                    cache.attend(layer, q, k, v)
+        cache.truncate(sequence, length)
+    cache.close()
+    from torch.nn.attention.bias import causal_lower_right
+
+    keys, values = (
+        torch.randn(1, 8, length + rows, 128, device=GPU, dtype=torch.bfloat16) for _ in range(2)
+    )
+    bias = causal_lower_right(rows, length + rows)
+    queries = q.transpose(0, 1)[None]
+    keys, values = (x.repeat_interleave(4, 1) for x in (keys, values))
+
+    def attend() -> None:
+        torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
+
+    return {
+        "pie_tflop_s": flops / statistics.median(times[2:]) / 1e12,
+        "torch_tflop_s": rate_of(attend, int(flops)) / 1e12,
+    }
+
+
+class Decoder:
+    """The matrix products of a decode step of Llama-8B, with attention over a cache."""
+
+    def __init__(self, layers: int) -> None:
+        def weight(rows: int, columns: int) -> list[torch.Tensor]:
+            return [
+                torch.randn(rows, columns, device=GPU, dtype=torch.bfloat16) * 0.01
+                for _ in range(layers)
+            ]
+
+        self.layers = layers
+        self.qkv, self.o = weight(4096, 6144), weight(4096, 4096)
+        self.up, self.down = weight(4096, 28672), weight(14336, 4096)
+
+    def step(
+        self,
+        cache: pie.TieredKVCache,
+        sequences: list[int],
+        beside: Callable[[int], None] | None = None,
+    ) -> None:
+        batch = len(sequences)
+        x = torch.ones(batch, 4096, device=GPU, dtype=torch.bfloat16)
+        with torch.inference_mode(), cache.step([(sequence, 1) for sequence in sequences]):
+            for layer in range(self.layers):
+                if beside is not None:
+                    beside(layer)
+                qkv = (x @ self.qkv[layer]).view(batch, 48, 128)
+                out = cache.attend(layer, qkv[:, :32], qkv[:, 32:40], qkv[:, 40:])
+                x = x + out.flatten(1) @ self.o[layer]
+                gate, up = (x @ self.up[layer]).chunk(2, 1)
+                x = torch.nn.functional.rms_norm(
+                    x + (torch.nn.functional.silu(gate) * up) @ self.down[layer], (4096,)
+                )
+
+
+def seconds(work: Callable[[], None], steps: int) -> float:
+    """Of a step, the mean of several that follow each other."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(steps):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / steps
+
+
+def transparency(rounds: int = 7, batch: int = 64, length: int = 2048) -> Report:
+    """Decode steps resident, resident beside the same copies, and streaming, in turn.
+
+    The shares are such that what is streamed takes from none to 1.5 times the step on the link.
+    """
+    layers = 32
+    decoder = Decoder(layers)
+    kv = 2 * 8 * 128 * 2 * length * batch * layers
+    room = kv + batch * layers * 64 * 4096 * 4
+    cache, sequences = filled([length] * batch, layers, "off", room, 0)
+
+    def resident() -> None:
+        decoder.step(cache, sequences)
+
+    seconds(resident, 3)
+    base = seconds(resident, 10)
+    host = torch.zeros(64 * MIB, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(64 * MIB, dtype=torch.uint8, device=GPU)
+    link_rate = rate_of(lambda: there.copy_(host, non_blocking=True), 64 * MIB)
+    side = torch.cuda.Stream()
+    points = []
+    for load in (0.25, 0.5, 0.75, 1.0, 1.5):
+        share = load * base * link_rate / kv
+        streaming, theirs = filled(
+            [length] * batch, layers, f"fixed:{share:.5f}", room, int(kv * share * 2) + 512 * MIB
+        )
+
+        def streamed(streaming: pie.TieredKVCache = streaming, theirs: list[int] = theirs) -> None:
+            decoder.step(streaming, theirs)
+
+        seconds(streamed, 3)
+        before = streaming.stats().streamed_bytes
+        seconds(streamed, 2)
+        a_step = (streaming.stats().streamed_bytes - before) // 2
+        a_layer = min(64 * MIB, a_step // layers)
+
+        def copy(_: int, a_layer: int = a_layer) -> None:
+            with torch.cuda.stream(side):
+                there[:a_layer].copy_(host[:a_layer], non_blocking=True)
+
+        arms: dict[str, list[float]] = {"resident": [], "beside": [], "streaming": []}
+        for _ in range(rounds):
+            arms["resident"].append(seconds(resident, 4))
+            arms["beside"].append(seconds(lambda: decoder.step(cache, sequences, copy), 4))
+            arms["streaming"].append(seconds(streamed, 4))
+        ratio = [s / r for s, r in zip(arms["streaming"], arms["resident"], strict=True)]
+        against = [s / b for s, b in zip(arms["streaming"], arms["beside"], strict=True)]
+        points.append(
+            {
+                "load": load,
+                "share": share,
+                "streamed_bytes_a_step": a_step,
+                **{f"{arm}_ms": 1e3 * statistics.median(times) for arm, times in arms.items()},
+                "against_resident": statistics.median(ratio),
+                "against_copies": statistics.median(against),
+            }
+        )
+        streaming.close()
+    started = time.perf_counter()
+    decoder.step(cache, sequences)
+    host_ms = 1e3 * (time.perf_counter() - started)
+    cache.close()
+    return {
+        "batch": batch,
+        "length": length,
+        "link_gb_s": link_rate / 1e9,
+        "resident_ms": 1e3 * base,
+        "host_ms_a_step": host_ms,
+        "points": points,
+    }
+
+
+SECTIONS: dict[str, Callable[[], Report]] = {
+    "machine": machine,
+    "conformance": conformance,
+    "kernels": kernels,
+    "tokens": tokens,
+    "link": link,
+    "attention": attention,
+    "prompt": prompt,
+    "transparency": transparency,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", choices=SECTIONS, help="these parts")
+    parser.add_argument("--report", type=Path, help="where the report goes, as JSON")
+    arguments = parser.parse_args()
+    report: Report = {}
+    failed = False
+    for name in arguments.only or SECTIONS:
+        began = time.perf_counter()
+        try:
+            report[name] = SECTIONS[name]()
+        except Exception:
+            report[name] = {"ok": False, "raised": traceback.format_exc()[-3000:]}
+        failed = failed or report[name].get("ok") is False
+        print(f"== {name}, {time.perf_counter() - began:.1f} s")
+        print(json.dumps(report[name], indent=1), flush=True)
+        if arguments.report is not None:
+            arguments.report.write_text(json.dumps(report, indent=1) + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

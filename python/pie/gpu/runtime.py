@@ -1,0 +1,86 @@
+"""The one object that answers for the device: where tensors lie, streams, memory, launches.
+
+Everything else asks it, so that a test can put a double in its place.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from pie import _core
+from pie._core import ConfigError
+
+# Of each range of bytes that a kernel uses: a tensor over it, and whether it is written.
+Uses = Callable[[], Iterable[tuple[torch.Tensor, bool]]]
+
+
+class Runtime:
+    """A GPU, by torch and Triton."""
+
+    is_gpu = True  # false where kernels are interpreted
+    driver = ""  # the library that the native side calls; empty: the system's
+
+    def __init__(self, device: torch.device) -> None:
+        if torch.version.cuda is None or not torch.cuda.is_available():
+            why = "is a build without CUDA" if torch.version.cuda is None else "finds no GPU"
+            raise ConfigError(
+                f"device is {str(device)!r}: torch {torch.__version__} {why}; install torch for "
+                "CUDA on a machine with an NVIDIA GPU, or use device='cpu'."
+            )
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError(
+                f"device is {str(device)!r}: Pie's kernels need Triton, which comes with torch for "
+                "CUDA: install triton, or use device='cpu'."
+            )
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)  # where tensors of it are
+        self.name = str(self.device)
+        self.processors: int = torch.cuda.get_device_properties(index).multi_processor_count
+
+    def stream(self) -> int:
+        """The compute stream of the caller."""
+        stream: int = torch.cuda.current_stream(self.device).cuda_stream
+        return stream
+
+    def is_here(self, tensor: torch.Tensor) -> bool:
+        """Whether kernels on this device may use the tensor."""
+        return tensor.device == self.device
+
+    def frames(self, core: _core.Cache, dtype: torch.dtype) -> torch.Tensor:
+        """The device tier, as a tensor of that dtype, which it has."""
+        with torch.inference_mode(False):
+            return from_dlpack(core.frames())
+
+    def upload(self, data: bytes) -> torch.Tensor:
+        """A new tensor of int32 on the device, in the order of the stream; nobody waits."""
+        with torch.inference_mode(False):
+            host = torch.frombuffer(bytearray(data), dtype=torch.int32).pin_memory()
+            return host.to(self.device, non_blocking=True)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A new tensor on the device, of any content."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], uses: Uses, *args: Any, **meta: Any
+    ) -> None:
+        """Launches a Triton kernel on the caller's stream."""
+        kernel[grid](*args, **meta)
+
+
+def runtime_for(device: torch.device | str) -> Runtime | None:
+    """The runtime of a device; None for the CPU. ConfigError for a device that Pie does not know."""
+    kind, _, index = str(device).partition(":")
+    if kind == "cuda" and (index == "" or index.isdigit()):
+        return make(torch.device(str(device)))
+    if kind != "cpu":
+        raise ConfigError(f"device is {str(device)!r}: use 'cpu', 'cuda' or 'cuda:N'.")
+    return None
+
+
+make: Callable[[torch.device], Runtime] = Runtime  # a test puts a double here

@@ -1,0 +1,87 @@
+"""A GPU that is not there: the double of the driver, and Triton's interpreter on CPU tensors.
+
+Before a kernel runs, the double does what comes before it on the stream and no more, and checks that
+what the kernel uses is ordered after whoever used it last.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pie import _core
+from pie.gpu.runtime import Uses
+
+ROOT = Path(__file__).resolve().parents[2]
+DOUBLE = Path(os.environ.get("PIE_FAKE_DRIVER", ROOT / "build/release/libfake_driver.so"))
+ORDERS = ("earliest", "latest", "random")
+
+
+def library() -> Any:
+    found = ctypes.CDLL(str(DOUBLE), mode=ctypes.RTLD_GLOBAL)
+    found.fake_reach.restype = ctypes.c_uint64
+    found.fake_reach.argtypes = [ctypes.c_uint64]
+    found.fake_take_violations.restype = ctypes.c_uint64
+    found.fake_set_order.argtypes = [ctypes.c_uint32, ctypes.c_uint64]
+    return found
+
+
+class Double:
+    """What pie.gpu.runtime.Runtime is, over the double."""
+
+    driver = str(DOUBLE)
+    is_gpu = False
+    processors = 4
+    name = "cuda:0"
+
+    def __init__(self, device: torch.device) -> None:
+        assert os.environ.get("TRITON_INTERPRET") == "1"
+        self.device = torch.device("cpu")
+        self._library = library()
+        self._address = 0
+        self._alias = 0
+        self.launches = 0
+
+    def stream(self) -> int:
+        return 0
+
+    def is_here(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == "cpu"
+
+    def frames(self, core: _core.Cache, dtype: torch.dtype) -> torch.Tensor:
+        self._address, shape, strides = core.arena()
+        self._alias = self._library.fake_reach(self._address)
+        memory = (ctypes.c_uint8 * (shape[0] * strides[0] * dtype.itemsize)).from_address(
+            self._alias
+        )
+        return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
+
+    def upload(self, data: bytes) -> torch.Tensor:
+        return torch.frombuffer(bytearray(data), dtype=torch.int32)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype)
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], uses: Uses, *args: Any, **meta: Any
+    ) -> None:
+        ranges = [
+            (tensor.data_ptr() - self._alias + self._address, tensor.nbytes, write)
+            for tensor, write in uses()
+        ]
+        count = len(ranges)
+        numbers = ctypes.c_uint64 * count
+        self._library.fake_run(
+            ctypes.c_uint64(self.stream()),
+            numbers(*(one[0] for one in ranges)),
+            numbers(*(one[1] for one in ranges)),
+            (ctypes.c_uint8 * count)(*(one[2] for one in ranges)),
+            ctypes.c_uint64(count),
+        )
+        self.launches += 1
+        meta = {key: value for key, value in meta.items() if not key.startswith("num_")}
+        kernel[grid](*args, **meta)
