@@ -1,9 +1,9 @@
 """Checks and measures Pie on a GPU: `make gpu-check`, or this file by itself.
 
-Everything that tests show over a double of the driver and in Triton's interpreter is run for real:
-the backend's conformance suite, the kernels against a reference, tokens of a model against the
-cache of transformers. Then what only a GPU can tell: the link by size of copy, the rate of attention
-beside torch's, and whether a step that streams is slower than one that does not. One report, as JSON.
+What tests show over a double of the driver and in Triton's interpreter is run for real: the
+backend's conformance suite, the kernels against a reference, tokens of a model against the cache of
+transformers. Then what only a GPU can tell: the link by size of copy, the rate of attention beside
+torch's, and whether a step that streams is slower than one that does not. One report, as JSON.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def tokens() -> Report:
             cache: Any = DynamicCache(config=config)
         else:
             cache = TieredCache(
-                model.config, torch.float32, GPU, device_bytes="12MiB", pool_bytes="256MiB"
+                model.config, torch.float32, GPU, device_bytes="6MiB", pool_bytes="256MiB"
             )
         with torch.inference_mode():
             made = model.generate(
@@ -402,14 +402,26 @@ class Decoder:
                 )
 
 
-def seconds(work: Callable[[], None], steps: int) -> float:
-    """Of a step, the mean of several that follow each other."""
+def seconds(
+    decoder: Decoder,
+    cache: pie.TieredKVCache,
+    sequences: list[int],
+    steps: int = 6,
+    beside: Callable[[int], None] | None = None,
+) -> float:
+    """Of a step, the mean of several that follow each other; then the sequences are as before."""
+    lengths = [cache.length(sequence) for sequence in sequences]
+    for _ in range(2):
+        decoder.step(cache, sequences, beside)
     torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(steps):
-        work()
+        decoder.step(cache, sequences, beside)
     torch.cuda.synchronize()
-    return (time.perf_counter() - began) / steps
+    took = (time.perf_counter() - began) / steps
+    for sequence, length in zip(sequences, lengths, strict=True):
+        cache.truncate(sequence, length)
+    return took
 
 
 def transparency(rounds: int = 7, batch: int = 64, length: int = 2048) -> Report:
@@ -422,12 +434,8 @@ def transparency(rounds: int = 7, batch: int = 64, length: int = 2048) -> Report
     kv = 2 * 8 * 128 * 2 * length * batch * layers
     room = kv + batch * layers * 64 * 4096 * 4
     cache, sequences = filled([length] * batch, layers, "off", room, 0)
-
-    def resident() -> None:
-        decoder.step(cache, sequences)
-
-    seconds(resident, 3)
-    base = seconds(resident, 10)
+    seconds(decoder, cache, sequences)
+    base = seconds(decoder, cache, sequences, 10)
     host = torch.zeros(64 * MIB, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(64 * MIB, dtype=torch.uint8, device=GPU)
     link_rate = rate_of(lambda: there.copy_(host, non_blocking=True), 64 * MIB)
@@ -438,14 +446,11 @@ def transparency(rounds: int = 7, batch: int = 64, length: int = 2048) -> Report
         streaming, theirs = filled(
             [length] * batch, layers, f"fixed:{share:.5f}", room, int(kv * share * 2) + 512 * MIB
         )
-
-        def streamed(streaming: pie.TieredKVCache = streaming, theirs: list[int] = theirs) -> None:
-            decoder.step(streaming, theirs)
-
-        seconds(streamed, 3)
-        before = streaming.stats().streamed_bytes
-        seconds(streamed, 2)
-        a_step = (streaming.stats().streamed_bytes - before) // 2
+        seconds(decoder, streaming, theirs)
+        before = streaming.stats()
+        seconds(decoder, streaming, theirs)
+        after = streaming.stats()
+        a_step = (after.streamed_bytes - before.streamed_bytes) // (after.steps - before.steps)
         a_layer = min(64 * MIB, a_step // layers)
 
         def copy(_: int, a_layer: int = a_layer) -> None:
@@ -454,9 +459,9 @@ def transparency(rounds: int = 7, batch: int = 64, length: int = 2048) -> Report
 
         arms: dict[str, list[float]] = {"resident": [], "beside": [], "streaming": []}
         for _ in range(rounds):
-            arms["resident"].append(seconds(resident, 4))
-            arms["beside"].append(seconds(lambda: decoder.step(cache, sequences, copy), 4))
-            arms["streaming"].append(seconds(streamed, 4))
+            arms["resident"].append(seconds(decoder, cache, sequences))
+            arms["beside"].append(seconds(decoder, cache, sequences, beside=copy))
+            arms["streaming"].append(seconds(decoder, streaming, theirs))
         ratio = [s / r for s, r in zip(arms["streaming"], arms["resident"], strict=True)]
         against = [s / b for s, b in zip(arms["streaming"], arms["beside"], strict=True)]
         points.append(

@@ -48,7 +48,7 @@ def attend_pages(frames: Any, table: Any, starts: Any, positions: Any, q: Any, o
 class Cache:
     """Native side of pie.TieredKVCache."""
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, block_tokens: int, dtype: str, device_bytes: int, pool_bytes: int, pool_dir: str, policy: str, windows: Sequence[int]) -> None: ...
+    def __init__(self, device: str, layers: int, kv_heads: int, head_dim: int, block_tokens: int, dtype: str, device_bytes: int, pool_bytes: int, pool_dir: str, policy: str, windows: Sequence[int], driver: str) -> None: ...
 
     def add(self) -> int:
         """Makes an empty sequence."""
@@ -103,6 +103,28 @@ class Cache:
 
     def open_step(self) -> tuple[int, int]:
         """(rows, layer that comes next) of the open step; no rows: none is."""
+
+    def run(self, layer: int, target: Any) -> None:
+        """Has `target` append the layer's K and V and read all of each sequence."""
+
+    def set_stream(self, stream: int) -> None:
+        """The stream that the caller's compute runs on."""
+
+    def arena(self) -> tuple[int, list[int], list[int]]:
+        """The device tier: address, shape as `frames`, strides in elements."""
+
+    def step_rows(self) -> bytes:
+        """
+        Of each packed row of the step: its row of the tables, and its position.
+        """
+
+    def block_tables(self) -> tuple[bytes, int, int, int]:
+        """The tables of frames, and how many layers, rows and blocks they have."""
+
+    def table_edits(self) -> list[bytes] | None:
+        """
+        What changed in the tables since this was asked last; None: all may have.
+        """
 
 class Step:
     """A step: finished on leaving, taken back on an exception."""

@@ -294,7 +294,10 @@ class TieredKVCache:
         if out is None:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse else None
-        _attend_op(self._handle, q, k, v, out, lse, layer, scale, soft_cap, sinks)
+        if torch.compiler.is_compiling() or self._gpu is None:
+            _attend_op(self._handle, q, k, v, out, lse, layer, scale, soft_cap, sinks)
+        else:  # an operator costs 15 us, more than the GPU may take
+            self._attend(q, k, v, out, lse, layer, scale, soft_cap, sinks)
         return out if lse is None else (out, lse)
 
     def _attend(
@@ -322,7 +325,7 @@ class TieredKVCache:
         layer = due if layer < 0 else layer
         if self._gpu is not None:
             if lse is None:
-                lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+                lse = self._gpu.unwanted_lse(rows, query_heads)
             self._run(layer, k, v, Queries(q, out, lse, scale, soft_cap, sinks), None)
             return
         self._core.attend(

@@ -1,7 +1,7 @@
 """A GPU that is not there: the double of the driver, and Triton's interpreter on CPU tensors.
 
-Before a kernel runs, the double does what comes before it on the stream and no more, and checks that
-what the kernel uses is ordered after whoever used it last.
+Before a kernel runs, the double does what comes before it on the stream and no more, and checks
+that what the kernel uses is ordered after whoever used it last.
 """
 
 from __future__ import annotations
@@ -67,21 +67,28 @@ class Double:
         return torch.full(shape, float("nan"), dtype=dtype)
 
     def launch(
-        self, kernel: Any, grid: tuple[int, ...], uses: Uses, *args: Any, **meta: Any
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        uses: Uses,
+        tensors: tuple[torch.Tensor, ...],
+        numbers: tuple[float, ...],
+        constants: tuple[int, ...],
+        warps: int = 4,
+        stages: int = 2,
     ) -> None:
         ranges = [
             (tensor.data_ptr() - self._alias + self._address, tensor.nbytes, write)
             for tensor, write in uses()
         ]
         count = len(ranges)
-        numbers = ctypes.c_uint64 * count
+        words = ctypes.c_uint64 * count
         self._library.fake_run(
             ctypes.c_uint64(self.stream()),
-            numbers(*(one[0] for one in ranges)),
-            numbers(*(one[1] for one in ranges)),
+            words(*(one[0] for one in ranges)),
+            words(*(one[1] for one in ranges)),
             (ctypes.c_uint8 * count)(*(one[2] for one in ranges)),
             ctypes.c_uint64(count),
         )
         self.launches += 1
-        meta = {key: value for key, value in meta.items() if not key.startswith("num_")}
-        kernel[grid](*args, **meta)
+        kernel[grid](*tensors, *numbers, *constants)

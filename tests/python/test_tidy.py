@@ -116,7 +116,9 @@ def test_core_reads_no_clock(path: Path) -> None:
     ), "time enters through Backend::now() alone"
 
 
-@every("path", [p for p in CPP if "cuda" not in p.parts and "fake_driver" not in p.parts], ids=name_of)
+@every(
+    "path", [p for p in CPP if "cuda" not in p.parts and "fake_driver" not in p.parts], ids=name_of
+)
 def test_cuda_stays_in_its_directory(path: Path) -> None:
     assert not [name for name in includes(path) if re.match(r"cuda|cublas|nv", name)]
 

@@ -7,7 +7,7 @@ the tables on the device, which is kept by edits in the order of the stream.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,10 @@ class _Part:
     found_rows: int
     splits: int
     split_tokens: int
-    tile_rows: int
+    tile_rows: int  # (row, head) pairs that a program serves
+    tile: int = 64  # tokens that it reads at a time
+    warps: int = 4
+    stages: int = 2
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class GpuLayers:
         self._dtype = dtype
         self.frames: torch.Tensor | None = None  # asked for anew after a resize
         self._tables: torch.Tensor | None = None  # [layers, rows, blocks]
+        self._layer_tables: tuple[torch.Tensor, ...] = ()
+        self._blocks = 0  # of a row
         self._step_rows: torch.Tensor | None = None  # [rows, 2] of the open step
         self._plans: dict[bytes, _Plan] = {}  # of the step, by the list of pieces
         self._longest = 0  # tokens of the longest sequence of the step
@@ -81,6 +86,10 @@ class GpuLayers:
         finally:
             self._layer = None
 
+    def unwanted_lse(self, rows: int, heads: int) -> torch.Tensor:
+        """A place for what nobody asked for."""
+        return self._scratch_of("lse", (rows, heads))
+
     # Called by the native side, inside `run`.
 
     def append(self, first_row: int, rows: int) -> None:
@@ -92,27 +101,14 @@ class GpuLayers:
             self._longest = 1 + max(memoryview(told).cast("i").tolist()[1::2])
         frames = self._frames()
         kv_heads, tokens, dim = frames.shape[2:]
+        k, v = layer.k, layer.v
         self._runtime.launch(
             kernels.append,
             (rows,),
             lambda: self._appended(first_row, rows),
-            layer.k,
-            layer.k.stride(0),
-            layer.k.stride(1),
-            layer.v,
-            layer.v.stride(0),
-            layer.v.stride(1),
-            frames,
-            frames.stride(0),
-            tables[layer.number],
-            tables.shape[2],
-            self._step_rows,
-            first_row,
-            KV_HEADS=kv_heads,
-            HEAD_DIM=dim,
-            BLOCK_TOKENS=tokens,
-            HEADS_PAD=_power(kv_heads),
-            DIM_PAD=_power(dim),
+            (k, v, frames, tables[layer.number], self._step_rows),
+            (*k.stride()[:2], *v.stride()[:2], frames.stride(0), self._blocks, first_row),
+            (kv_heads, dim, tokens, _power(kv_heads), _power(dim)),
         )
 
     def attend(self, told: bytes) -> None:
@@ -139,27 +135,26 @@ class GpuLayers:
             self.frames = self._runtime.frames(self._core, self._dtype)
         return self.frames
 
-    def _tables_now(self) -> torch.Tensor:
-        """The tables, with all that has changed since."""
+    def _tables_now(self) -> tuple[torch.Tensor, ...]:
+        """The tables of each layer, with all that has changed since."""
         edits = self._core.table_edits()
         if edits is None or self._tables is None:
             told, layers, rows, blocks = self._core.block_tables()
             self._tables = self._runtime.upload(told).view(layers, rows, blocks)
-            return self._tables
-        tables = self._tables
+            self._layer_tables = tuple(self._tables)
+            self._blocks = blocks
+            return self._layer_tables
         for batch in edits:
             told_edits = self._runtime.upload(batch)
             self._runtime.launch(
                 kernels.edit,
                 (told_edits.numel() // 5,),
                 tuple,
-                tables,
-                tables.shape[1],
-                tables.shape[2],
-                told_edits,
-                BLOCK=64,
+                (self._tables, told_edits),
+                self._tables.shape[1:],
+                (64,),
             )
-        return tables
+        return self._layer_tables
 
     def _planned(self, told: bytes) -> _Plan:
         layer = self._given()
@@ -197,6 +192,7 @@ class GpuLayers:
             splits,
             split_tokens,
             _tile_rows(group, _TILE_ROWS_LEAST),
+            self._tile(),
         )
 
     def _prompt_part(self, numbers: tuple[tuple[int, ...], ...], group: int) -> _Part | None:
@@ -220,12 +216,20 @@ class GpuLayers:
             1,
             1 << 30,
             tile_rows,
+            self._tile(),
         )
 
-    def _numbers(self, tuples: list[tuple[int, ...]] | list[tuple[int, int]]) -> torch.Tensor:
+    def _tile(self) -> int:
+        """Tokens of a tile: what fits beside the rows in a processor's shared memory."""
+        frames = self._frames()
+        return 32 if frames.shape[4] > 128 or frames.dtype is torch.float32 else 64
+
+    def _numbers(self, tuples: Sequence[tuple[int, ...]]) -> torch.Tensor:
         return self._runtime.upload(array("i", [n for one in tuples for n in one]).tobytes())
 
-    def _attend(self, plan: _Plan, part: _Part, tables: torch.Tensor, queries: Queries) -> None:
+    def _attend(
+        self, plan: _Plan, part: _Part, tables: tuple[torch.Tensor, ...], queries: Queries
+    ) -> None:
         layer = self._given()
         frames = self._frames()
         heads = queries.q.shape[1]
@@ -235,45 +239,51 @@ class GpuLayers:
         if part.merged is not None:
             found = self._scratch_of("found", (*shape, dim))
             found_lse = self._scratch_of("found_lse", shape)
+        q, out = queries.q, queries.out
+        sinks = queries.lse if queries.sinks is None else queries.sinks
         self._runtime.launch(
             kernels.attend,
             (part.items.numel() // 2, kv_heads, part.splits),
             lambda: self._read(plan),
-            queries.q,
-            queries.q.stride(0),
-            queries.q.stride(1),
-            queries.out,
-            queries.out.stride(0),
-            queries.out.stride(1),
-            queries.lse,
-            queries.lse if queries.sinks is None else queries.sinks,
-            frames,
-            frames.stride(0),
-            tables[layer.number],
-            tables.shape[2],
-            plan.pieces,
-            part.items,
-            found,
-            found_lse,
-            part.found_rows,
-            part.split_tokens,
-            queries.scale,
-            queries.soft_cap,
-            layer.window,
-            HEADS=heads,
-            KV_HEADS=kv_heads,
-            HEAD_DIM=dim,
-            BLOCK_TOKENS=tokens,
-            DIM_PAD=max(16, _power(dim)),
-            TILE_ROWS=part.tile_rows,
-            TILE=32 if dim > 128 or frames.dtype is torch.float32 else 64,
-            DIRECT=part.merged is None,
-            BY_ITEM=part.by_item,
-            SINKS=queries.sinks is not None,
-            SOFT_CAP=queries.soft_cap > 0,
-            UPCAST=not self._runtime.is_gpu and frames.dtype is torch.bfloat16,
-            num_warps=4,
-            num_stages=2,
+            (
+                q,
+                out,
+                queries.lse,
+                sinks,
+                frames,
+                tables[layer.number],
+                plan.pieces,
+                part.items,
+                found,
+                found_lse,
+            ),
+            (
+                *q.stride()[:2],
+                *out.stride()[:2],
+                frames.stride(0),
+                self._blocks,
+                part.found_rows,
+                part.split_tokens,
+                layer.window,
+                queries.scale,
+                queries.soft_cap,
+            ),
+            (
+                heads,
+                kv_heads,
+                dim,
+                tokens,
+                max(16, _power(dim)),
+                part.tile_rows,
+                part.tile,
+                part.merged is None,
+                part.by_item,
+                queries.sinks is not None,
+                queries.soft_cap > 0,
+                not self._runtime.is_gpu and frames.dtype is torch.bfloat16,
+            ),
+            part.warps,
+            part.stages,
         )
         if part.merged is not None:
             self._merge(part, part.merged, found, found_lse, queries)
@@ -287,28 +297,21 @@ class GpuLayers:
         queries: Queries,
     ) -> None:
         heads, dim = queries.q.shape[1:]
+        sinks = queries.lse if queries.sinks is None else queries.sinks
+        state = self._scratch_of("state", (self._rows, heads, dim))
+        state_lse = self._scratch_of("state_lse", (self._rows, heads))
         self._runtime.launch(
             kernels.merge,
             (merged.numel() // 5, heads),
             tuple,
-            queries.out,
-            queries.out.stride(0),
-            queries.out.stride(1),
-            queries.lse,
-            queries.lse if queries.sinks is None else queries.sinks,
-            found,
-            found_lse,
-            self._scratch_of("state", (self._rows, heads, dim)),
-            self._scratch_of("state_lse", (self._rows, heads)),
-            merged,
-            part.found_rows,
-            HEADS=heads,
-            HEAD_DIM=dim,
-            DIM_PAD=_power(dim),
-            SINKS=queries.sinks is not None,
+            (queries.out, queries.lse, sinks, found, found_lse, state, state_lse, merged),
+            (*queries.out.stride()[:2], part.found_rows),
+            (heads, dim, _power(dim), queries.sinks is not None),
         )
 
-    def _gather(self, plan: _Plan, tables: torch.Tensor, gathered: torch.Tensor) -> None:
+    def _gather(
+        self, plan: _Plan, tables: tuple[torch.Tensor, ...], gathered: torch.Tensor
+    ) -> None:
         layer = self._given()
         frames = self._frames()
         kv_heads, tokens, dim = frames.shape[2:]
@@ -317,19 +320,9 @@ class GpuLayers:
             kernels.gather,
             (len(plan.numbers), blocks, 2 * kv_heads),
             lambda: self._read(plan),
-            gathered,
-            gathered.shape[3],
-            frames,
-            frames.stride(0),
-            tables[layer.number],
-            tables.shape[2],
-            plan.pieces,
-            gathered.shape[1],
-            KV_HEADS=kv_heads,
-            HEAD_DIM=dim,
-            BLOCK_TOKENS=tokens,
-            TOKENS_PAD=_power(tokens),
-            DIM_PAD=_power(dim),
+            (gathered, frames, tables[layer.number], plan.pieces),
+            (gathered.shape[3], frames.stride(0), self._blocks, gathered.shape[1]),
+            (kv_heads, dim, tokens, _power(tokens), _power(dim)),
         )
 
     def _scratch_of(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -12,6 +12,8 @@ Attention consumes KV in tiles of TILE tokens counted from position 0, in splits
 multiples of `split_tokens`; what several splits or calls have found is merged by natural
 log-sum-exp, in order.
 
+Every kernel takes its tensors first, then numbers, then constants.
+
 UPCAST does arithmetic in float32: Triton's interpreter holds bfloat16 as integers. The kernels keep
 to what Triton 3.4 and later share.
 """
@@ -23,7 +25,7 @@ import triton.language as tl
 
 
 @triton.jit
-def edit(tables, rows, blocks, edits, BLOCK: tl.constexpr):
+def edit(tables, edits, rows, blocks, BLOCK: tl.constexpr):
     """Writes runs of frames to `[layers, rows, blocks]`: a program an edit, `[edits, 5]` int32."""
     at = edits + tl.program_id(0) * 5
     layer = tl.load(at).to(tl.int64)
@@ -40,16 +42,16 @@ def edit(tables, rows, blocks, edits, BLOCK: tl.constexpr):
 @triton.jit
 def append(
     k,
+    v,
+    frames,
+    table,
+    step_rows,
     k_row,
     k_head,
-    v,
     v_row,
     v_head,
-    frames,
     frame_stride,
-    table,
     blocks,
-    step_rows,
     first_row,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -84,28 +86,112 @@ def _dot(a, b, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _fold(
+    queries,
+    best,
+    total,
+    sums,
+    frames,
+    table,
+    tile,
+    begin,
+    end,
+    at,
+    frame_stride,
+    scale,
+    soft_cap,
+    window,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Folds one tile of KV into a tile of rows. MASKED: not every row sees every token of it."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    V_AT: tl.constexpr = KV_HEADS * BLOCK_TOKENS * HEAD_DIM
+    step = tl.arange(0, TILE)
+    token = tile + step
+    there = (token >= begin) & (token < end)
+    dim = tl.arange(0, DIM_PAD)
+    if BLOCK_TOKENS % TILE == 0:  # all of the tile lies in one frame
+        frame = tl.load(table + tile // BLOCK_TOKENS).to(tl.int64)
+        start = frames + frame * frame_stride
+        start += (kv_head * BLOCK_TOKENS + tile % BLOCK_TOKENS) * HEAD_DIM
+        place = step[:, None] * HEAD_DIM + dim[None, :]
+    else:
+        start = frames
+        if MASKED:
+            frame = tl.load(table + token // BLOCK_TOKENS, mask=there, other=0).to(tl.int64)
+        else:
+            frame = tl.load(table + token // BLOCK_TOKENS).to(tl.int64)
+        line = frame * frame_stride
+        line += (kv_head * BLOCK_TOKENS + token % BLOCK_TOKENS) * HEAD_DIM
+        place = line[:, None] + dim[None, :]
+    if MASKED:
+        inside = there[:, None] & (dim < HEAD_DIM)[None, :]
+        keys = tl.load(start + place, mask=inside, other=0.0)
+        values = tl.load(start + V_AT + place, mask=inside, other=0.0)
+    elif DIM_PAD != HEAD_DIM:
+        inside = (step >= 0)[:, None] & (dim < HEAD_DIM)[None, :]
+        keys = tl.load(start + place, mask=inside, other=0.0)
+        values = tl.load(start + V_AT + place, mask=inside, other=0.0)
+    else:
+        keys = tl.load(start + place)
+        values = tl.load(start + V_AT + place)
+    scores = _dot(queries, tl.trans(keys), UPCAST)
+    if SOFT_CAP:
+        # tanh, which the interpreter does not have
+        scores = scores * scale
+        scores = soft_cap * (1.0 - 2.0 / (tl.exp2(2.0 * LOG2E * scores / soft_cap) + 1.0))
+        scores = scores * LOG2E
+    else:
+        scores = scores * (scale * LOG2E)
+    if MASKED:
+        seen = there[None, :] & (token[None, :] <= at[:, None])
+        if window > 0:
+            seen = seen & (token[None, :] > at[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+    better = tl.maximum(best, tl.max(scores, 1))
+    shift = better
+    if MASKED:
+        shift = tl.where(better == float("-inf"), 0.0, better)
+    weights = tl.exp2(scores - shift[:, None])
+    faded = tl.exp2(best - shift)
+    total = total * faded + tl.sum(weights, 1)
+    if not UPCAST:
+        weights = weights.to(values.dtype)
+    sums = sums * faded[:, None] + _dot(weights, values, UPCAST)
+    return better, total, sums
+
+
+@triton.jit
 def attend(
     q,
-    q_row,
-    q_head,
     out,
-    out_row,
-    out_head,
     lse,
     sinks,
     frames,
-    frame_stride,
     table,
-    blocks,
     pieces,
     items,
     found,
     found_lse,
+    q_row,
+    q_head,
+    out_row,
+    out_head,
+    frame_stride,
+    blocks,
     found_rows,
     split_tokens,
+    window,
     scale,
     soft_cap,
-    window,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -134,7 +220,7 @@ def attend(
     split = tl.program_id(2)
     piece = pieces + 8 * tl.load(item)
     first = tl.load(item + 1)
-    table_row = tl.load(piece).to(tl.int64) * blocks
+    table += tl.load(piece).to(tl.int64) * blocks
     packed = tl.load(piece + 2)
     rows = tl.load(piece + 3)
     position = tl.load(piece + 4)
@@ -155,41 +241,101 @@ def attend(
         other=0.0,
     )
 
+    # Tokens that some row sees, and of them those that every row sees.
+    last_row = tl.minimum(first + ROWS, rows) - 1
     begin = tl.maximum(kv_begin, split * split_tokens)
+    end = tl.minimum(kv_end, (split + 1) * split_tokens)
+    end = tl.minimum(end, position + last_row + 1)
+    all_begin = begin
+    all_end = tl.minimum(end, position + first + 1)
     if window > 0:
         begin = tl.maximum(begin, position + first - window + 1)
-    end = tl.minimum(kv_end, (split + 1) * split_tokens)
-    end = tl.minimum(end, position + tl.minimum(first + ROWS, rows))
+        all_begin = tl.maximum(begin, position + last_row - window + 1)
+    tile_begin = begin // TILE * TILE
+    tile_end = tl.where(end > begin, (end + TILE - 1) // TILE * TILE, tile_begin)
+    whole_begin = tl.minimum((all_begin + TILE - 1) // TILE * TILE, tile_end)
+    whole_end = tl.maximum(all_end // TILE * TILE, whole_begin)
     best = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_ROWS], tl.float32)
     sums = tl.zeros([TILE_ROWS, DIM_PAD], tl.float32)
-    for tile in range(begin // TILE * TILE, end, TILE):
-        token = tile + tl.arange(0, TILE)
-        there = (token >= begin) & (token < end)
-        frame = tl.load(table + table_row + token // BLOCK_TOKENS, mask=there, other=0)
-        k_at = frame.to(tl.int64) * frame_stride
-        k_at += (kv_head * BLOCK_TOKENS + token % BLOCK_TOKENS) * HEAD_DIM
-        kv_mask = there[:, None] & has_dim[None, :]
-        keys = tl.load(frames + k_at[:, None] + dim[None, :], mask=kv_mask, other=0.0)
-        scores = _dot(queries, tl.trans(keys), UPCAST) * scale
-        if SOFT_CAP:
-            # tanh, which the interpreter does not have
-            scores = soft_cap * (1.0 - 2.0 / (tl.exp2(2.0 * LOG2E * scores / soft_cap) + 1.0))
-        seen = there[None, :] & (token[None, :] <= at[:, None])
-        if window > 0:
-            seen = seen & (token[None, :] > at[:, None] - window)
-        scores = tl.where(seen, scores * LOG2E, float("-inf"))
-        better = tl.maximum(best, tl.max(scores, 1))
-        shift = tl.where(better == float("-inf"), 0.0, better)
-        weights = tl.exp2(scores - shift[:, None])
-        faded = tl.exp2(best - shift)
-        total = total * faded + tl.sum(weights, 1)
-        v_at = k_at + KV_HEADS * BLOCK_TOKENS * HEAD_DIM
-        values = tl.load(frames + v_at[:, None] + dim[None, :], mask=kv_mask, other=0.0)
-        if not UPCAST:
-            weights = weights.to(values.dtype)
-        sums = sums * faded[:, None] + _dot(weights, values, UPCAST)
-        best = better
+    for tile in range(tile_begin, tl.minimum(whole_begin, tile_end), TILE):
+        best, total, sums = _fold(
+            queries,
+            best,
+            total,
+            sums,
+            frames,
+            table,
+            tile,
+            begin,
+            end,
+            at,
+            frame_stride,
+            scale,
+            soft_cap,
+            window,
+            kv_head,
+            KV_HEADS,
+            HEAD_DIM,
+            BLOCK_TOKENS,
+            DIM_PAD,
+            TILE,
+            SOFT_CAP,
+            UPCAST,
+            True,
+        )
+    for tile in range(whole_begin, whole_end, TILE):
+        best, total, sums = _fold(
+            queries,
+            best,
+            total,
+            sums,
+            frames,
+            table,
+            tile,
+            begin,
+            end,
+            at,
+            frame_stride,
+            scale,
+            soft_cap,
+            window,
+            kv_head,
+            KV_HEADS,
+            HEAD_DIM,
+            BLOCK_TOKENS,
+            DIM_PAD,
+            TILE,
+            SOFT_CAP,
+            UPCAST,
+            False,
+        )
+    for tile in range(whole_end, tile_end, TILE):
+        best, total, sums = _fold(
+            queries,
+            best,
+            total,
+            sums,
+            frames,
+            table,
+            tile,
+            begin,
+            end,
+            at,
+            frame_stride,
+            scale,
+            soft_cap,
+            window,
+            kv_head,
+            KV_HEADS,
+            HEAD_DIM,
+            BLOCK_TOKENS,
+            DIM_PAD,
+            TILE,
+            SOFT_CAP,
+            UPCAST,
+            True,
+        )
 
     base = tl.where(best == float("-inf"), 0.0, best)
     if DIRECT:
@@ -221,8 +367,6 @@ def attend(
 @triton.jit
 def merge(
     out,
-    out_row,
-    out_head,
     lse,
     sinks,
     found,
@@ -230,6 +374,8 @@ def merge(
     state,
     state_lse,
     merged,
+    out_row,
+    out_head,
     found_rows,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -288,12 +434,12 @@ def merge(
 @triton.jit
 def gather(
     out,
-    longest,
     frames,
-    frame_stride,
     table,
-    blocks,
     pieces,
+    longest,
+    frame_stride,
+    blocks,
     batch,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,

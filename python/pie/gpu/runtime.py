@@ -19,6 +19,9 @@ from pie._core import ConfigError
 Uses = Callable[[], Iterable[tuple[torch.Tensor, bool]]]
 
 
+_LAUNCHED_MOST = 4096
+
+
 class Runtime:
     """A GPU, by torch and Triton."""
 
@@ -40,6 +43,7 @@ class Runtime:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)  # where tensors of it are
         self.name = str(self.device)
+        self._launched: dict[tuple[Any, ...], Callable[..., None]] = {}
         self.processors: int = torch.cuda.get_device_properties(index).multi_processor_count
 
     def stream(self) -> int:
@@ -67,10 +71,35 @@ class Runtime:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def launch(
-        self, kernel: Any, grid: tuple[int, ...], uses: Uses, *args: Any, **meta: Any
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        uses: Uses,
+        tensors: tuple[torch.Tensor, ...],
+        numbers: tuple[float, ...],
+        constants: tuple[int, ...],
+        warps: int = 4,
+        stages: int = 2,
     ) -> None:
-        """Launches a Triton kernel on the caller's stream."""
-        kernel[grid](*args, **meta)
+        """Launches a Triton kernel on the caller's stream.
+
+        Triton takes longer to find what it has compiled than most kernels take to run. So what was
+        launched with the same numbers before is launched again without asking it; that is right
+        where all tensors begin on 16 bytes, which Triton then took for granted.
+        """
+        options = {"num_warps": warps, "num_stages": stages}
+        if any(tensor.data_ptr() % 16 for tensor in tensors):
+            kernel[grid](*tensors, *numbers, *constants, **options)
+            return
+        key = (kernel, grid, numbers, constants, tensors[0].dtype)
+        again = self._launched.get(key)
+        if again is not None:
+            again(*tensors, *numbers, *constants)
+            return
+        if len(self._launched) >= _LAUNCHED_MOST:
+            self._launched.clear()
+        compiled = kernel[grid](*tensors, *numbers, *constants, **options)
+        self._launched[key] = compiled[(*grid, 1, 1)[:3]]
 
 
 def runtime_for(device: torch.device | str) -> Runtime | None:
