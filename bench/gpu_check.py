@@ -424,15 +424,15 @@ def seconds(
     return took
 
 
-def transparency(rounds: int = 7, batch: int = 64, length: int = 2048) -> Report:
+def transparency(rounds: int = 7, batch: int = 256, length: int = 1024) -> Report:
     """Decode steps resident, resident beside the same copies, and streaming, in turn.
 
     The shares are such that what is streamed takes from none to 1.5 times the step on the link.
     """
-    layers = 32
+    layers = 16
     decoder = Decoder(layers)
     kv = 2 * 8 * 128 * 2 * length * batch * layers
-    room = kv + batch * layers * 64 * 4096 * 4
+    room = kv * 5 // 4
     cache, sequences = filled([length] * batch, layers, "off", room, 0)
     seconds(decoder, cache, sequences)
     base = seconds(decoder, cache, sequences, 10)
@@ -475,6 +475,7 @@ def transparency(rounds: int = 7, batch: int = 64, length: int = 2048) -> Report
             }
         )
         streaming.close()
+    torch.cuda.synchronize()
     started = time.perf_counter()
     decoder.step(cache, sequences)
     host_ms = 1e3 * (time.perf_counter() - started)

@@ -818,6 +818,15 @@ void fake_set_order(std::uint32_t order, std::uint64_t seed) {
   fake::set_order(static_cast<fake::Order>(order), seed);
 }
 
+void fake_counts(char* text, std::uint64_t bytes) {
+  std::string all;
+  for (const auto& [name, count] : fake::calls_by_name()) {
+    all += name + "=" + std::to_string(count) + ";";
+  }
+  std::strncpy(text, all.c_str(), bytes - 1);
+  text[bytes - 1] = '\0';
+}
+
 std::uint64_t fake_take_violations(char* text, std::uint64_t bytes) {
   const std::vector<std::string> all = fake::take_violations();
   if (!all.empty() && bytes > 0) {

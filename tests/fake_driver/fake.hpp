@@ -73,6 +73,8 @@ extern "C" {
 void fake_run(std::uintptr_t stream, const std::uint64_t* begins, const std::uint64_t* bytes,
               const std::uint8_t* writes, std::uint64_t count);
 std::uintptr_t fake_reach(std::uint64_t address);
+// How often each call was made, as "name=count;".
+void fake_counts(char* text, std::uint64_t bytes);
 void fake_set_order(std::uint32_t order, std::uint64_t seed);
 // How many violations there were since this was asked last; the first of them in `text`.
 std::uint64_t fake_take_violations(char* text, std::uint64_t bytes);

@@ -63,6 +63,8 @@ class Double:
     def upload(self, data: bytes) -> torch.Tensor:
         return torch.frombuffer(bytearray(data), dtype=torch.int32)
 
+    stage = upload
+
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.full(shape, float("nan"), dtype=dtype)
 
@@ -74,6 +76,8 @@ class Double:
         tensors: tuple[torch.Tensor, ...],
         numbers: tuple[float, ...],
         constants: tuple[int, ...],
+        stream: int,
+        aligned: bool = True,
         warps: int = 4,
         stages: int = 2,
     ) -> None:
@@ -84,7 +88,7 @@ class Double:
         count = len(ranges)
         words = ctypes.c_uint64 * count
         self._library.fake_run(
-            ctypes.c_uint64(self.stream()),
+            ctypes.c_uint64(stream),
             words(*(one[0] for one in ranges)),
             words(*(one[1] for one in ranges)),
             (ctypes.c_uint8 * count)(*(one[2] for one in ranges)),

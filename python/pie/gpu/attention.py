@@ -68,17 +68,24 @@ class GpuLayers:
         self._plans: dict[bytes, _Plan] = {}  # of the step, by the list of pieces
         self._longest = 0  # tokens of the longest sequence of the step
         self._layer: Layer | None = None
+        self._stream = 0  # of the step that is open
         self._rows = 0
         self._scratch: dict[str, torch.Tensor] = {}
 
     def open(self) -> None:
         """A step begins: the stream that computes it is the caller's of this moment."""
-        self._core.set_stream(self._runtime.stream())
+        self._stream = self._runtime.stream()
+        self._core.set_stream(self._stream)
         self._step_rows = None
         self._plans.clear()
 
     def run(self, layer: Layer, rows: int) -> None:
         """Appends a layer's K and V and reads all of each sequence."""
+        if self._runtime.stream() != self._stream:
+            raise LogicError(
+                "The current stream is not the one that the step was begun on: run all of a step "
+                "on one stream."
+            )
         self._layer = layer
         self._rows = rows
         try:
@@ -109,6 +116,8 @@ class GpuLayers:
             (k, v, frames, tables[layer.number], self._step_rows),
             (*k.stride()[:2], *v.stride()[:2], frames.stride(0), self._blocks, first_row),
             (kv_heads, dim, tokens, _power(kv_heads), _power(dim)),
+            self._stream,
+            layer.aligned,
         )
 
     def attend(self, told: bytes) -> None:
@@ -145,7 +154,7 @@ class GpuLayers:
             self._blocks = blocks
             return self._layer_tables
         for batch in edits:
-            told_edits = self._runtime.upload(batch)
+            told_edits = self._runtime.stage(batch)
             self._runtime.launch(
                 kernels.edit,
                 (told_edits.numel() // 5,),
@@ -153,6 +162,7 @@ class GpuLayers:
                 (self._tables, told_edits),
                 self._tables.shape[1:],
                 (64,),
+                self._stream,
             )
         return self._layer_tables
 
@@ -193,6 +203,8 @@ class GpuLayers:
             split_tokens,
             _tile_rows(group, _TILE_ROWS_LEAST),
             self._tile(),
+            warps=2,
+            stages=3,
         )
 
     def _prompt_part(self, numbers: tuple[tuple[int, ...], ...], group: int) -> _Part | None:
@@ -282,6 +294,8 @@ class GpuLayers:
                 queries.soft_cap > 0,
                 not self._runtime.is_gpu and frames.dtype is torch.bfloat16,
             ),
+            self._stream,
+            layer.aligned,
             part.warps,
             part.stages,
         )
@@ -307,6 +321,8 @@ class GpuLayers:
             (queries.out, queries.lse, sinks, found, found_lse, state, state_lse, merged),
             (*queries.out.stride()[:2], part.found_rows),
             (heads, dim, _power(dim), queries.sinks is not None),
+            self._stream,
+            self._given().aligned,
         )
 
     def _gather(
@@ -323,6 +339,7 @@ class GpuLayers:
             (gathered, frames, tables[layer.number], plan.pieces),
             (gathered.shape[3], frames.stride(0), self._blocks, gathered.shape[1]),
             (kv_heads, dim, tokens, _power(tokens), _power(dim)),
+            self._stream,
         )
 
     def _scratch_of(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:

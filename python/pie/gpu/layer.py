@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Queries:
     """What attends to a layer, and where the results go."""
 
@@ -19,7 +19,7 @@ class Queries:
     sinks: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Layer:
     """What one layer of a step is given: to be attended to, or gathered, or neither."""
 
@@ -29,3 +29,13 @@ class Layer:
     v: torch.Tensor
     queries: Queries | None = None
     gathered: torch.Tensor | None = None  # [2, batch, kv_heads, longest, head_dim]
+
+    @property
+    def aligned(self) -> bool:
+        """Whether what the caller brought begins on 16 bytes."""
+        address = self.k.data_ptr() | self.v.data_ptr()
+        if self.queries is not None:
+            address |= self.queries.q.data_ptr() | self.queries.out.data_ptr()
+            if self.queries.sinks is not None:
+                address |= self.queries.sinks.data_ptr()
+        return address % 16 == 0

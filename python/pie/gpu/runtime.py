@@ -20,6 +20,7 @@ Uses = Callable[[], Iterable[tuple[torch.Tensor, bool]]]
 
 
 _LAUNCHED_MOST = 4096
+_STAGED = 1 << 20  # numbers in each half of what is on its way to the device
 
 
 class Runtime:
@@ -43,6 +44,7 @@ class Runtime:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)  # where tensors of it are
         self.name = str(self.device)
+        self._staging = _Staging()
         self._launched: dict[tuple[Any, ...], Callable[..., None]] = {}
         self.processors: int = torch.cuda.get_device_properties(index).multi_processor_count
 
@@ -63,8 +65,11 @@ class Runtime:
     def upload(self, data: bytes) -> torch.Tensor:
         """A new tensor of int32 on the device, in the order of the stream; nobody waits."""
         with torch.inference_mode(False):
-            host = torch.frombuffer(bytearray(data), dtype=torch.int32).pin_memory()
-            return host.to(self.device, non_blocking=True)
+            return self.stage(data).to(self.device, non_blocking=True)
+
+    def stage(self, data: bytes) -> torch.Tensor:
+        """int32 in CPU memory that a kernel of the caller's stream reads once, soon."""
+        return self._staging.take(data)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A new tensor on the device, of any content."""
@@ -78,6 +83,8 @@ class Runtime:
         tensors: tuple[torch.Tensor, ...],
         numbers: tuple[float, ...],
         constants: tuple[int, ...],
+        stream: int,
+        aligned: bool = True,
         warps: int = 4,
         stages: int = 2,
     ) -> None:
@@ -85,21 +92,51 @@ class Runtime:
 
         Triton takes longer to find what it has compiled than most kernels take to run. So what was
         launched with the same numbers before is launched again without asking it; that is right
-        where all tensors begin on 16 bytes, which Triton then took for granted.
+        where all tensors begin on 16 bytes (`aligned`), which Triton then took for granted.
         """
-        options = {"num_warps": warps, "num_stages": stages}
-        if any(tensor.data_ptr() % 16 for tensor in tensors):
-            kernel[grid](*tensors, *numbers, *constants, **options)
-            return
-        key = (kernel, grid, numbers, constants, tensors[0].dtype)
+        key = (kernel, grid, numbers, constants, tensors[0].dtype, aligned)
         again = self._launched.get(key)
         if again is not None:
-            again(*tensors, *numbers, *constants)
+            again(*tensors, *numbers, *constants, stream=stream)
+            return
+        options = {"num_warps": warps, "num_stages": stages}
+        compiled = kernel[grid](*tensors, *numbers, *constants, **options)
+        if not aligned:
             return
         if len(self._launched) >= _LAUNCHED_MOST:
             self._launched.clear()
-        compiled = kernel[grid](*tensors, *numbers, *constants, **options)
         self._launched[key] = compiled[(*grid, 1, 1)[:3]]
+
+
+class _Staging:
+    """Pinned CPU memory, taken in turn: half of it is used again once all that was started before
+    the other half was begun has been done.
+    """
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):
+            self._tensor = torch.empty(2 * _STAGED, dtype=torch.int32, pin_memory=True)
+        self._memory = memoryview(self._tensor.numpy().data).cast("B")
+        self._next = 0
+        self._left: list[torch.cuda.Event | None] = [None, None]  # by half: when it was left
+
+    def take(self, data: bytes) -> torch.Tensor:
+        count = -(-len(data) // 16) * 4
+        if count > _STAGED:
+            whole = torch.frombuffer(bytearray(data), dtype=torch.int32)
+            return whole.pin_memory()
+        half = self._next // _STAGED
+        if self._next + count > (half + 1) * _STAGED:
+            self._left[half] = torch.cuda.current_stream().record_event()
+            half = 1 - half
+            left = self._left[half]
+            if left is not None:
+                left.synchronize()
+            self._next = half * _STAGED
+        begin = self._next
+        self._next += count
+        self._memory[4 * begin : 4 * begin + len(data)] = data
+        return self._tensor[begin : begin + len(data) // 4]
 
 
 def runtime_for(device: torch.device | str) -> Runtime | None:
