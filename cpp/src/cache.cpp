@@ -743,7 +743,7 @@ void Cache::abort() noexcept {
 StepTables Cache::tables() const { return Turn(*this, ask)->tables(); }
 
 // A kernel asks for it from inside.
-const std::vector<TableEdit>* Cache::take_table_edits() {
+const TableEdits& Cache::take_table_edits() {
   return Turn(*this, ask)->scheduler_.map().tables().take_edits();
 }
 

@@ -54,14 +54,15 @@ void BlockTables::set(std::uint32_t layer, std::uint32_t row, std::uint32_t bloc
     std::fill_n(entries, count, frame);
   } else {
     std::iota(entries, entries + count, frame);
-    if (noting_ && !all_) note({layer, row, block, count, frame});
+    if (noting_ && !noted_.all) note({layer, row, block, count, frame});
   }
 }
 
 // Added to the last edit where it goes on from that. Where there is no memory all is to be copied.
 void BlockTables::note(const TableEdit& edit) {
-  if (!edits_.empty()) {
-    TableEdit& last = edits_.back();
+  std::vector<TableEdit>& edits = noted_.edits;
+  if (!edits.empty()) {
+    TableEdit& last = edits.back();
     if (last.layer == edit.layer && last.row == edit.row && last.block + last.count == edit.block &&
         last.frame + static_cast<std::int32_t>(last.count) == edit.frame) {
       last.count += edit.count;
@@ -69,18 +70,38 @@ void BlockTables::note(const TableEdit& edit) {
     }
   }
   try {
-    all_ = edits_.size() == edits_max;
-    if (!all_) edits_.push_back(edit);
+    noted_.all = edits.size() == edits_max;
+    if (noted_.all) return;
+    spoken_.resize(std::size_t{layers_} * rows_);
+    std::uint32_t& spoken = spoken_[std::size_t{edit.layer} * rows_ + edit.row];
+    if (spoken == batch_) separate(edit);
+    spoken = batch_;
+    edits.push_back(edit);
   } catch (const std::bad_alloc&) {
-    all_ = true;
+    noted_.all = true;
   }
 }
 
-const std::vector<TableEdit>* BlockTables::take_edits() {
+// Begins another batch where this one speaks of the same entries.
+void BlockTables::separate(const TableEdit& edit) {
+  const std::uint32_t begin = noted_.batch_ends.empty() ? 0 : noted_.batch_ends.back();
+  const auto overlaps = [&](const TableEdit& other) { return other.overlaps(edit); };
+  if (std::none_of(noted_.edits.begin() + begin, noted_.edits.end(), overlaps)) return;
+  noted_.batch_ends.push_back(static_cast<std::uint32_t>(noted_.edits.size()));
+  ++batch_;
+}
+
+const TableEdits& BlockTables::take_edits() {
   noting_ = true;
-  taken_.clear();
-  taken_.swap(edits_);
-  return std::exchange(all_, false) ? nullptr : &taken_;
+  std::swap(taken_, noted_);
+  noted_.all = false;
+  noted_.edits.clear();
+  noted_.batch_ends.clear();
+  ++batch_;
+  if (!taken_.edits.empty()) {
+    taken_.batch_ends.push_back(static_cast<std::uint32_t>(taken_.edits.size()));
+  }
+  return taken_;
 }
 
 }  // namespace pie

@@ -28,9 +28,9 @@ class BlockTables {
   void set(std::uint32_t layer, std::uint32_t row, std::uint32_t block, std::uint32_t count,
            std::int32_t frame);
 
-  // What was set since this was called last, oldest first, for who keeps a copy; not what lies
-  // nowhere any more. Null: too much, or this is the first call, so all of it is to be copied.
-  [[nodiscard]] const std::vector<TableEdit>* take_edits();
+  // What was set since this was called last, for who keeps a copy; not what lies nowhere any more.
+  // Good until it is called again.
+  [[nodiscard]] const TableEdits& take_edits();
 
   // `[blocks]`, by block of the sequence: a frame of the device, or `no_table_frame`.
   [[nodiscard]] const std::int32_t* row(std::uint32_t layer, std::uint32_t row) const {
@@ -48,16 +48,18 @@ class BlockTables {
   }
   void resize(std::uint32_t rows, std::uint32_t blocks);
   void note(const TableEdit& edit);
+  void separate(const TableEdit& edit);
 
   std::uint32_t layers_;
   std::uint32_t rows_ = 0;
   std::uint32_t blocks_ = 0;
   std::vector<std::int32_t> entries_;
   std::vector<bool> used_;        // by row
-  bool noting_ = false;           // somebody keeps a copy
-  bool all_ = true;               // more has changed since than was noted
-  std::vector<TableEdit> edits_;  // since `take_edits`
-  std::vector<TableEdit> taken_;  // what it returned
+  bool noting_ = false;                // somebody keeps a copy
+  TableEdits noted_ = {true, {}, {}};  // since `take_edits`; of its batches the last has no end
+  TableEdits taken_;                   // what it returned
+  std::vector<std::uint32_t> spoken_;  // by layer and row: the batch that last spoke of it
+  std::uint32_t batch_ = 1;
 };
 
 }  // namespace pie

@@ -2,11 +2,7 @@
 #include "_layers.hpp"
 
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/vector.h>
 
-#include <algorithm>
-#include <unordered_map>
-#include <utility>
 #include <vector>
 
 namespace nb = nanobind;
@@ -66,26 +62,14 @@ nb::tuple block_tables(const pie::Cache& cache) {
 }
 
 nb::object table_edits(pie::Cache& cache) {
-  const std::vector<pie::TableEdit>* edits = cache.take_table_edits();
-  if (edits == nullptr) return nb::none();
+  static_assert(sizeof(pie::TableEdit) == 5 * sizeof(std::int32_t));
+  const pie::TableEdits& taken = cache.take_table_edits();
+  if (taken.all) return nb::none();
   nb::list batches;
-  std::vector<std::int32_t> numbers;
-  // Of the batch, by layer and row: which blocks it speaks of.
-  std::unordered_map<std::uint64_t, std::vector<std::pair<std::uint32_t, std::uint32_t>>> spoken;
-  const auto close = [&] {
-    if (!numbers.empty()) batches.append(bytes_of(std::exchange(numbers, {})));
-    spoken.clear();
-  };
-  for (const pie::TableEdit& edit : *edits) {
-    const std::uint64_t key = std::uint64_t{edit.layer} << 32U | edit.row;
-    const auto overlaps = [&](const auto& range) {
-      return range.first < edit.block + edit.count && edit.block < range.second;
-    };
-    if (std::ranges::any_of(spoken[key], overlaps)) close();
-    spoken[key].emplace_back(edit.block, edit.block + edit.count);
-    numbers.insert(numbers.end(),
-                   {i32(edit.layer), i32(edit.row), i32(edit.block), i32(edit.count), edit.frame});
+  std::uint32_t begin = 0;
+  for (const std::uint32_t end : taken.batch_ends) {
+    batches.append(nb::bytes(taken.edits.data() + begin, (end - begin) * sizeof(pie::TableEdit)));
+    begin = end;
   }
-  close();
   return batches;
 }

@@ -10,7 +10,6 @@
 #include <optional>
 #include <span>
 #include <string>
-#include <vector>
 
 #include "pie/attention.hpp"
 #include "pie/backend.hpp"
@@ -156,10 +155,9 @@ class Cache {
   // Throws LogicError where no step is open.
   [[nodiscard]] StepTables tables() const;
 
-  // What changed in `block_tables` since this was asked last, oldest first, for who keeps a copy of
-  // them: apply it before what reads the copy, inside the kernel's calls. Null: all may have. Good
-  // until it is asked again.
-  [[nodiscard]] const std::vector<TableEdit>* take_table_edits();
+  // What changed in `block_tables` since this was asked last, for who keeps a copy of them: apply
+  // it before what reads the copy, inside the kernel's calls. Good until it is asked again.
+  [[nodiscard]] const TableEdits& take_table_edits();
 
   // Has `kernel` append the layer's K and V and read all of each sequence.
   void run(std::uint32_t layer, LayerKernel& kernel);

@@ -35,6 +35,18 @@ struct TableEdit {
   std::uint32_t block = 0;
   std::uint32_t count = 0;
   std::int32_t frame = no_table_frame;
+
+  [[nodiscard]] bool overlaps(const TableEdit& other) const {
+    return layer == other.layer && row == other.row && block < other.block + other.count &&
+           other.block < block + count;
+  }
+};
+
+// Changes, oldest first. No two of a batch speak of one entry, so those may be made at once.
+struct TableEdits {
+  bool all = false;  // more has changed than is told: copy the tables
+  std::vector<TableEdit> edits;
+  std::vector<std::uint32_t> batch_ends;  // into `edits`
 };
 
 // The frames of adjacent blocks, by a table of device frames: number i of them starts at

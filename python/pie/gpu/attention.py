@@ -7,7 +7,7 @@ the tables on the device, which is kept by edits in the order of the stream.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +49,12 @@ class _Plan:
     """How a list of pieces is launched, in each layer of a step that has the same list."""
 
     pieces: torch.Tensor  # [pieces, 8]
-    numbers: tuple[tuple[int, ...], ...]
+    told: array[int]  # the same here
     parts: tuple[_Part, ...]
+
+    def each(self) -> Iterator[tuple[int, ...]]:
+        """Of each piece its numbers."""
+        return (tuple(self.told[i : i + _PIECE]) for i in range(0, len(self.told), _PIECE))
 
 
 class GpuLayers:
@@ -68,6 +72,7 @@ class GpuLayers:
         self._plans: dict[bytes, _Plan] = {}  # of the step, by the list of pieces
         self._longest = 0  # tokens of the longest sequence of the step
         self._layer: Layer | None = None
+        self._firsts: torch.Tensor | None = None  # items (0, 0), (1, 0), ...
         self._stream = 0  # of the step that is open
         self._rows = 0
         self._scratch: dict[str, torch.Tensor] = {}
@@ -168,35 +173,41 @@ class GpuLayers:
 
     def _planned(self, told: bytes) -> _Plan:
         layer = self._given()
-        flat = memoryview(told).cast("i").tolist()
-        numbers = tuple(tuple(flat[i : i + _PIECE]) for i in range(0, len(flat), _PIECE))
-        pieces = self._runtime.upload(told)
+        pieces = array("i", told)
+        on_device = self._runtime.upload(told)
         if layer.queries is None:
-            return _Plan(pieces, numbers, ())
+            return _Plan(on_device, pieces, ())
         group = layer.queries.q.shape[1] // layer.k.shape[1]
-        parts = (self._decode_part(numbers, group), self._prompt_part(numbers, group))
-        return _Plan(pieces, numbers, tuple(part for part in parts if part is not None))
+        rows = pieces[3::_PIECE]
+        decode = [i for i, count in enumerate(rows) if count == 1]
+        prompt = [i for i, count in enumerate(rows) if count > 1]
+        parts = []
+        if decode:
+            parts.append(self._decode_part(pieces, decode, group))
+        if prompt:
+            parts.append(self._prompt_part(pieces, prompt, group))
+        return _Plan(on_device, pieces, tuple(parts))
 
-    def _decode_part(self, numbers: tuple[tuple[int, ...], ...], group: int) -> _Part | None:
+    def _decode_part(self, pieces: array[int], mine: list[int], group: int) -> _Part:
         """Pieces with one row: their KV is split, so that few of them fill the device. How is said
         by the step's rows and lengths, so that no plan changes what is added to what.
         """
-        mine = [(i, piece) for i, piece in enumerate(numbers) if piece[3] == 1]
-        if not mine:
-            return None
-        kv_heads = self._given().k.shape[1]
-        wanted = _PROGRAMS_A_PROCESSOR * self._runtime.processors // (self._rows * kv_heads)
+        wanted = _PROGRAMS_A_PROCESSOR * self._runtime.processors
+        wanted //= self._rows * self._given().k.shape[1]
         splits = max(1, min(_SPLITS_MOST, wanted, self._longest // _SPLIT_TOKENS_LEAST))
         split_tokens = -(-self._longest // (splits * _SPLIT_UNIT)) * _SPLIT_UNIT
         splits = -(-self._longest // split_tokens)
-        merged = [
-            (piece[2], piece[7], piece[5] // split_tokens, -(-piece[6] // split_tokens), at)
-            for at, (_, piece) in enumerate(mine)
-        ]
-        whole = splits == 1 and all(piece[7] == _WHOLE for _, piece in mine)
+        merged = None
+        if splits > 1 or not _are_whole(pieces, mine):
+            rows, flags = pieces[2::_PIECE], pieces[7::_PIECE]
+            begins, ends = pieces[5::_PIECE], pieces[6::_PIECE]
+            merged = self._numbers(
+                (rows[i], flags[i], begins[i] // split_tokens, -(-ends[i] // split_tokens), at)
+                for at, i in enumerate(mine)
+            )
         return _Part(
-            self._numbers([(i, 0) for i, _ in mine]),
-            None if whole else self._numbers(merged),
+            self._single_rows(mine),
+            merged,
             True,
             len(mine),
             splits,
@@ -207,22 +218,29 @@ class GpuLayers:
             stages=3,
         )
 
-    def _prompt_part(self, numbers: tuple[tuple[int, ...], ...], group: int) -> _Part | None:
+    def _single_rows(self, mine: list[int]) -> torch.Tensor:
+        """Items of pieces with one row, which are mostly the first so many."""
+        count = len(mine)
+        if mine[-1] != count - 1:
+            return self._numbers((i, 0) for i in mine)
+        if self._firsts is None or self._firsts.numel() < 2 * count:
+            self._firsts = self._numbers((i, 0) for i in range(2 * count))
+        return self._firsts[: 2 * count]
+
+    def _prompt_part(self, pieces: array[int], mine: list[int], group: int) -> _Part:
         """Pieces with several rows, which fill the device by themselves."""
-        mine = [(i, piece) for i, piece in enumerate(numbers) if piece[3] > 1]
-        if not mine:
-            return None
+        firsts, rows, flags = pieces[2::_PIECE], pieces[3::_PIECE], pieces[7::_PIECE]
         tile_rows = _tile_rows(group, _TILE_ROWS_PROMPT)
-        items = [(i, row) for i, piece in mine for row in range(0, piece[3], tile_rows // group)]
-        merged = [
-            (row, piece[7], 0, 1, row)
-            for _, piece in mine
-            for row in range(piece[2], piece[2] + piece[3])
-        ]
-        whole = all(piece[7] == _WHOLE for _, piece in mine)
+        merged = None
+        if not _are_whole(pieces, mine):
+            merged = self._numbers(
+                (row, flags[i], 0, 1, row)
+                for i in mine
+                for row in range(firsts[i], firsts[i] + rows[i])
+            )
         return _Part(
-            self._numbers(items),
-            None if whole else self._numbers(merged),
+            self._numbers((i, row) for i in mine for row in range(0, rows[i], tile_rows // group)),
+            merged,
             False,
             self._rows,
             1,
@@ -231,13 +249,13 @@ class GpuLayers:
             self._tile(),
         )
 
+    def _numbers(self, tuples: Iterable[tuple[int, ...]]) -> torch.Tensor:
+        return self._runtime.upload(array("i", [n for one in tuples for n in one]).tobytes())
+
     def _tile(self) -> int:
         """Tokens of a tile: what fits beside the rows in a processor's shared memory."""
         frames = self._frames()
         return 32 if frames.shape[4] > 128 or frames.dtype is torch.float32 else 64
-
-    def _numbers(self, tuples: Sequence[tuple[int, ...]]) -> torch.Tensor:
-        return self._runtime.upload(array("i", [n for one in tuples for n in one]).tobytes())
 
     def _attend(
         self, plan: _Plan, part: _Part, tables: tuple[torch.Tensor, ...], queries: Queries
@@ -331,10 +349,11 @@ class GpuLayers:
         layer = self._given()
         frames = self._frames()
         kv_heads, tokens, dim = frames.shape[2:]
-        blocks = max(-(-piece[6] // tokens) - piece[5] // tokens for piece in plan.numbers)
+        pieces = list(plan.each())
+        blocks = max(-(-piece[6] // tokens) - piece[5] // tokens for piece in pieces)
         self._runtime.launch(
             kernels.gather,
-            (len(plan.numbers), blocks, 2 * kv_heads),
+            (len(pieces), blocks, 2 * kv_heads),
             lambda: self._read(plan),
             (gathered, frames, tables[layer.number], plan.pieces),
             (gathered.shape[3], frames.stride(0), self._blocks, gathered.shape[1]),
@@ -369,10 +388,16 @@ class GpuLayers:
         assert self._tables is not None
         frames = self._frames()
         tokens = frames.shape[3]
-        for row, _, _, _, _, begin, end, _ in plan.numbers:
+        for row, _, _, _, _, begin, end, _ in plan.each():
             table = self._tables[self._given().number, row, begin // tokens : -(-end // tokens)]
             for frame in table.tolist():
                 yield frames[frame], False
+
+
+def _are_whole(pieces: array[int], mine: list[int]) -> bool:
+    """Whether each piece is all that its rows read."""
+    flags = pieces[7::_PIECE]
+    return all(flags[i] == _WHOLE for i in mine)
 
 
 def _tile_rows(group: int, least: int) -> int:
