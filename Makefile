@@ -135,7 +135,8 @@ ctest-release: build-release
 ctest-asan ctest-tsan: ctest-%: build-%
 	$$(setarch -R true 2>/dev/null && echo setarch -R) ctest --preset $* -j $(JOBS)
 
-pytest: $(STAMPS)/installed $(STAMPS)/tools $(MODEL)
+# The build has the double of the driver.
+pytest: build-release $(STAMPS)/installed $(STAMPS)/tools $(MODEL)
 	$(VENV)/bin/python -m pytest
 
 # A C++ project of somebody else's, built against the installed Python package.

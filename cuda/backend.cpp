@@ -92,6 +92,7 @@ class Cuda final : public Backend {
   }
   bool check(CUresult result, const char* what);
   void take_memory(const CudaOptions& options);
+  void close();
   void anchor();
   [[nodiscard]] std::uint32_t check_idle_pool(std::uint32_t frames);
 
@@ -145,10 +146,15 @@ Cuda::Cuda(const CudaOptions& options, Bytes stride)
   }
   const Current mine = current();
   take_memory(options);
-  for (CUstream& stream : lane_streams_) {
-    driver_.require(driver_.stream_create(&stream, CU_STREAM_NON_BLOCKING), "making a stream");
+  try {
+    for (CUstream& stream : lane_streams_) {
+      driver_.require(driver_.stream_create(&stream, CU_STREAM_NON_BLOCKING), "making a stream");
+    }
+    anchor();
+  } catch (...) {
+    close();
+    throw;
   }
-  anchor();
 }
 
 void Cuda::take_memory(const CudaOptions& options) {
@@ -166,9 +172,13 @@ void Cuda::take_memory(const CudaOptions& options) {
   device_usable_ = device_opened_;
 }
 
-// What is still being copied ends first: the memory under it goes.
 Cuda::~Cuda() {
   const Current mine = current();
+  close();
+}
+
+// What is still being copied ends first: the memory under it goes.
+void Cuda::close() {
   for (CUstream stream : lane_streams_) {
     if (stream == nullptr) continue;
     driver_.stream_synchronize(stream);
@@ -276,6 +286,7 @@ Ticket Cuda::submit(std::span<const Copy> copies, std::span<const Dep> after) {
 void Cuda::enqueue(Tickets::Entry& entry) {
   CUstream stream = lane_stream(entry.completion.ticket.lane);
   for (const Dep& dep : entry.after) order(stream, dep);
+  if (!lost_.empty()) return;  // what it could not wait for it must not follow
   Marks& marks = entry.work;
   if (check(events_.take(true, marks.began), "making an event") &&
       check(events_.take(true, marks.ended), "making an event") &&
@@ -343,6 +354,7 @@ void Cuda::duplicate(ComputeStream stream, std::span<const Duplicate> frames) {
   for (const auto& [from, to] : frames) {
     require(from < device_usable_ && to < device_usable_, "duplicate: no such device frame");
   }
+  if (!lost_.empty()) return;
   const Current mine = current();
   const CUdeviceptr start = number_of(arena_->memory->start());
   for (const auto& [from, to] : frames) {

@@ -49,6 +49,170 @@ INSTANTIATE_TYPED_TEST_SUITE_P(CudaEarliest, BackendConformance, InOrder<fake::O
 INSTANTIATE_TYPED_TEST_SUITE_P(CudaLatest, BackendConformance, InOrder<fake::Order::latest>);
 INSTANTIATE_TYPED_TEST_SUITE_P(CudaRandom, BackendConformance, InOrder<fake::Order::random>);
 
+// ---- what only this backend promises ------------------------------------------------------------
+
+// Over the double alone; another machine than the last test's.
+class Cuda : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (!is_double()) GTEST_SKIP() << "of the double";
+    become({});
+  }
+  void TearDown() override { become({}); }
+
+  static void become(const fake::Profile& profile) {
+    fake::set_profile(profile);
+    fake::set_order(fake::Order::random, 3);
+  }
+
+  // What opening says when it refuses with an Error.
+  template <class Error>
+  static std::string refusal_of(const CudaOptions& options) {
+    const fake::Holdings before = fake::holdings();
+    try {
+      static_cast<void>(open_cuda(options));
+    } catch (const Error& error) {
+      EXPECT_EQ(fake::holdings(), before) << "something was kept";
+      return error.what();
+    }
+    ADD_FAILURE() << "nothing was thrown";
+    return "";
+  }
+};
+
+void expect_says(const std::string& said, const std::string& words) {
+  EXPECT_NE(said.find(words), std::string::npos) << said;
+}
+
+TEST_F(Cuda, RefusesMachinesThatCannotServe) {
+  CudaOptions options = options_for(4, 4);
+  options.driver = "libnothing.so.1";
+  expect_says(refusal_of<ConfigError>(options), "there is no NVIDIA driver here");
+  options = options_for(4, 4);
+  options.device = 1;
+  expect_says(refusal_of<ConfigError>(options), "there are 1 GPUs here");
+  become({.driver_version = 11080});
+  expect_says(refusal_of<ConfigError>(options_for(4, 4)), "is for CUDA 11.8");
+  become({.integrated = true});
+  expect_says(refusal_of<ConfigError>(options_for(4, 4)), "shares its memory with the CPU");
+  EXPECT_NE(open_cuda(options_for(4, 0)), nullptr);
+}
+
+TEST_F(Cuda, RefusesMoreThanIsFree) {
+  become({.memory_bytes = std::size_t{64} << 20});
+  const std::string said = refusal_of<CapacityError>(options_for(20'000, 0));
+  expect_says(said, "of the 64.0 MiB (67108864 bytes) of NVIDIA Double");
+  expect_says(said, "are free");
+}
+
+TEST_F(Cuda, GivesMemoryBack) {
+  const fake::Holdings before = fake::holdings();
+  {
+    const auto backend = open_cuda(options_for(12'000, 20'000));
+    const std::size_t full = fake::holdings().device_bytes;
+    EXPECT_EQ(backend->resize_device(1), 1U);
+    EXPECT_LT(fake::holdings().device_bytes, full / 2);
+    EXPECT_EQ(backend->resize_device(12'000), 12'000U);
+    EXPECT_EQ(fake::holdings().device_bytes, full);
+    EXPECT_EQ(grow_pool(*backend, 20'000), 20'000U);
+    const std::size_t pinned = fake::holdings().pinned_bytes;
+    EXPECT_GE(pinned, 20'000 * stride);
+    EXPECT_EQ(grow_pool(*backend, 100), 100U);
+    EXPECT_LT(fake::holdings().pinned_bytes, pinned);
+  }
+  EXPECT_EQ(fake::holdings(), before);
+}
+
+TEST_F(Cuda, CopiesRunsThatSpanRegistrations) {
+  const auto backend = open_cuda(options_for(64, 40'000));
+  ASSERT_EQ(grow_pool(*backend, 40'000), 40'000U);
+  using On = testing::OnCuda;
+  for (FrameIndex i = 0; i < 32; ++i) fill<On>(*backend, i, i);
+  const FrameIndex end = 16'384;  // of the first 64 MiB
+  ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, end - 16, 32}})));
+  ASSERT_TRUE(is_ok(finish(*backend, to_device, {{32, end - 16, 32}})));
+  for (FrameIndex i = 0; i < 32; ++i) EXPECT_TRUE(holds<On>(*backend, 32 + i, i));
+}
+
+TEST_F(Cuda, SaysWhyItPinsNoMore) {
+  const std::size_t now = fake::holdings().pinned_bytes;
+  become({.pinnable_bytes = now + (std::size_t{100} << 20)});
+  const auto backend = open_cuda(options_for(4, 40'000));
+  const std::uint32_t frames = grow_pool(*backend, 40'000);
+  EXPECT_EQ(frames, 16'384U) << "the first 64 MiB";
+  expect_says(backend->pool_refusal(), "pinning more CPU memory failed: out of memory");
+}
+
+TEST_F(Cuda, GoesOnWithMemoryThatIsNotPinned) {
+  become({.pins = false});
+  const auto backend = open_cuda({.frame_bytes = frame_bytes,
+                                  .device_bytes = 4 * stride,
+                                  .pool_bytes = 4 * stride,
+                                  .driver = testing::driver_name()});
+  EXPECT_EQ(backend->capabilities().pool_io, "pageable");
+  expect_says(backend->capabilities().pool_io_reason, "does not pin");
+  EXPECT_EQ(grow_pool(*backend, 4), 4U);
+  EXPECT_TRUE(is_ok(finish(*backend, to_pool, {{0, 1, 2}})));
+  EXPECT_TRUE(is_ok(finish(*backend, to_device, {{2, 1, 2}})));
+}
+
+TEST_F(Cuda, DriversWithoutBatchesCopyOneByOne) {
+  become({.driver_version = 12040});
+  const auto backend = open_cuda(options_for(8, 8));
+  ASSERT_EQ(grow_pool(*backend, 8), 8U);
+  const auto before = fake::calls_by_name();
+  ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, 1}, {2, 2, 1}, {4, 4, 1}})));
+  auto after = fake::calls_by_name();
+  EXPECT_EQ(after["cuMemcpyBatchAsync"],
+            before.contains("cuMemcpyBatchAsync") ? before.at("cuMemcpyBatchAsync") : 0);
+}
+
+// What a step does to a backend: all that it calls but opening.
+void use(Backend& backend) {
+  const ComputeStream stream = testing::OnCuda::stream(1);
+  if (grow_pool(backend, 8) < 8) return;
+  const Fence filled = backend.record(stream, Timing::unwanted);
+  const Ticket write = submit(backend, to_pool, {{0, 0, 2}, {3, 3, 1}}, {{filled, {}}});
+  const Ticket load = submit(backend, to_device, {{4, 0, 2}}, {after(write)});
+  backend.depend(stream, after(load));
+  const Duplicate pair{4, 6};
+  backend.duplicate(stream, {&pair, 1});
+  static_cast<void>(backend.record(stream, Timing::wanted));
+  backend.wait(forever);
+  static_cast<void>(collect(backend, 2));
+  static_cast<void>(backend.resize_device(5));
+  static_cast<void>(backend.resize_device(8));
+  static_cast<void>(backend.resize_pool(1));
+}
+
+// Whatever call of the driver fails: a refusal at opening, a lost device later, nothing leaked.
+TEST_F(Cuda, SurvivesAnyCallThatFails) {
+  static_cast<void>(testing::OnCuda::stream(1));
+  const fake::Holdings before = fake::holdings();
+  std::uint64_t failures = 0;
+  for (std::uint64_t i = 1;; ++i) {
+    const std::uint64_t calls = fake::calls();
+    fake::fail_call(i, CUDA_ERROR_LAUNCH_FAILED);
+    bool lost = false;
+    try {
+      const auto backend = open_cuda(options_for(8, 8));
+      use(*backend);
+      lost = !backend->health().ok;
+    } catch (const ConfigError&) {
+      lost = true;
+    } catch (const CapacityError&) {
+      lost = true;
+    }
+    failures += lost ? 1 : 0;
+    const bool over = fake::calls() - calls < i;
+    fake::fail_call(0, CUDA_SUCCESS);
+    ASSERT_EQ(fake::holdings(), before) << "call " << i;
+    if (over) break;
+    ASSERT_LT(i, 1000U);
+  }
+  EXPECT_GT(failures, 20U);
+}
+
 // No test may leave behind what the double complained of.
 class Listener : public ::testing::EmptyTestEventListener {
   void OnTestEnd(const ::testing::TestInfo& /*test*/) override {

@@ -147,6 +147,9 @@ class Machine {
   void force_unseen(const Handle& operation);  // the host does not learn of it
   void force_all();
 
+  std::size_t events = 0;
+  [[nodiscard]] std::size_t streams() const { return streams_.size(); }
+
   // Memory.
   std::vector<Reservation> reservations;
   std::map<Address, std::size_t> pieces;      // mapped, by address
@@ -492,6 +495,12 @@ std::vector<std::string> take_violations() {
   return std::exchange(machine().violations, {});
 }
 
+Holdings holdings() {
+  const std::scoped_lock lock(machine().mutex);
+  const Machine& one = machine();
+  return {one.streams(), one.events, one.reservations.size(), one.used, one.pinned};
+}
+
 void launch(CUstream stream, std::span<const Range> ranges, std::function<void()> body) {
   const std::scoped_lock lock(machine().mutex);
   Operation operation;
@@ -719,12 +728,14 @@ CUresult cuStreamGetCtx(CUstream, CUcontext* context) {
 
 CUresult cuEventCreate(CUevent* event, unsigned flags) {
   FAKE_CALL("cuEventCreate");
+  ++machine().events;
   *event = reinterpret_cast<CUevent>(new fake::Event{(flags & CU_EVENT_DISABLE_TIMING) == 0, {}});
   return CUDA_SUCCESS;
 }
 
 CUresult cuEventDestroy_v2(CUevent event) {
   const Call call("cuEventDestroy");
+  --machine().events;
   delete reinterpret_cast<fake::Event*>(event);
   return CUDA_SUCCESS;
 }

@@ -52,6 +52,17 @@ void fail_call(std::uint64_t number, CUresult result);
 // What was found wrong since this was asked last, in words.
 [[nodiscard]] std::vector<std::string> take_violations();
 
+// What there is now: nothing, once all is closed.
+struct Holdings {
+  std::size_t streams = 0;
+  std::size_t events = 0;
+  std::size_t reservations = 0;
+  std::size_t device_bytes = 0;
+  std::size_t pinned_bytes = 0;
+  friend bool operator==(const Holdings&, const Holdings&) = default;
+};
+[[nodiscard]] Holdings holdings();
+
 // Bytes that a kernel uses, by their addresses on the device or in registered memory.
 struct Range {
   CUdeviceptr begin = 0;

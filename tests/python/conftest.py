@@ -1,11 +1,14 @@
 """Fixtures shared by the Python tests: the repository's root and the weights of the demo."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent))  # for what tests share
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 WEIGHTS = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

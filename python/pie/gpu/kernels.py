@@ -403,7 +403,7 @@ def merge(
         total = tl.where(best == float("-inf"), 0.0, 1.0)
         sums = tl.load(state + place * HEAD_DIM + dim, mask=has_dim, other=0.0)
     for split in range(tl.load(about + 2), tl.load(about + 3)):
-        at = (split.to(tl.int64) * found_rows + found_row) * HEADS + head
+        at = (found_row.to(tl.int64) + split * found_rows) * HEADS + head
         log_sum = tl.load(found_lse + at)
         better = tl.maximum(best, log_sum)
         base = tl.where(better == float("-inf"), 0.0, better)

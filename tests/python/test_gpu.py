@@ -1,0 +1,396 @@
+"""A cache on a GPU, over the double of the driver and in Triton's interpreter: the same results as
+on the CPU, in each order in which the double can do things, and no use of a frame that races.
+
+A GPU itself is not needed here; `make gpu-check` says how the same is run on one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gpu_double
+import pie
+from pie._core import CapacityError, ConfigError, LogicError
+from pie.gpu import runtime
+from pie.hf import TieredCache, generation
+from pie.hf.generation import cache_argument
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("nvcc") is None and not gpu_double.DOUBLE.exists(),
+    reason="the CUDA plugin is built where a CUDA toolkit is",
+)
+
+ORDERS = range(3)  # earliest, latest, random
+
+
+@pytest.fixture(autouse=True)
+def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The double in the runtime's place; no test may leave behind what it complained of."""
+    library = gpu_double.library()
+    monkeypatch.setattr(runtime, "make", gpu_double.Double)
+    yield library
+    text = ctypes.create_string_buffer(500)
+    count = library.fake_take_violations(text, 500)
+    library.fake_set_order(0, 1)
+    assert count == 0, text.value.decode()
+
+
+def frame_bytes(device: str, kv_heads: int, dim: int, dtype: torch.dtype, tokens: int) -> int:
+    unit = 4096 if device == "cpu" else 256
+    return -(-2 * kv_heads * tokens * dim * dtype.itemsize // unit) * unit
+
+
+BATCHES = (
+    [("a", 37)],
+    [("b", 50)],
+    [("a", 1), ("b", 1)],
+    [("a", 5), ("b", 1)],
+    [("b", 1), ("a", 1)],
+    [("a", 1), ("b", 1)],
+)
+
+
+def run(device: str, dtype: torch.dtype, frames: int, **shape: Any) -> tuple[list[Any], Any]:
+    """Results of every layer of BATCHES, on a device of so many frames."""
+    layers, kv_heads, heads, dim, tokens = 2, 2, 6, 64, shape.get("block_tokens", 16)
+    frame = frame_bytes(device, kv_heads, dim, dtype, tokens)
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(rows: int, count: int) -> torch.Tensor:
+        return torch.randn(rows, count, dim, generator=generator).to(dtype)
+
+    results = []
+    with pie.TieredKVCache(
+        layers,
+        kv_heads,
+        dim,
+        dtype,
+        device,
+        device_bytes=frame * frames,
+        pool_bytes=frame * 200,
+        block_tokens=tokens,
+        windows=shape.get("windows"),
+    ) as cache:
+        names = {"a": cache.add(), "b": cache.add()}
+        for batch in BATCHES:
+            rows = sum(new for _, new in batch)
+            with cache.step([(names[name], new) for name, new in batch]):
+                for layer in range(layers):
+                    q, k, v = draw(rows, heads), draw(rows, kv_heads), draw(rows, kv_heads)
+                    out, lse = cache.attend(
+                        layer,
+                        q,
+                        k,
+                        v,
+                        soft_cap=shape.get("soft_cap", 0.0),
+                        sinks=shape.get("sinks"),
+                        return_lse=True,
+                    )
+                    results.append((out.float(), lse))
+            cache.check()
+        return results, cache.stats()
+
+
+SHAPES = (
+    {},
+    {"windows": [0, 20]},
+    {"soft_cap": 5.0, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0, 30.0, -30.0])},
+    {"block_tokens": 64},
+)
+ERRORS = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 4e-2}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(torch.float32, shape) for shape in SHAPES]
+    + [(torch.float16, SHAPES[0]), (torch.bfloat16, SHAPES[0])],
+)
+def test_gpu_equals_cpu(double: Any, dtype: torch.dtype, shape: Any, order: int) -> None:
+    double.fake_set_order(order, 11)
+    wanted, _ = run("cpu", dtype, 400, **shape)
+    got, stats = run("cuda", dtype, 11, **shape)
+    assert stats["streamed_bytes"] > 0 or "windows" in shape or "block_tokens" in shape
+    for (out, lse), (wanted_out, wanted_lse) in zip(got, wanted, strict=True):
+        assert (out - wanted_out).abs().max() < ERRORS[dtype]
+        assert (lse - wanted_lse).abs().max() < 1e-4
+
+
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of the last rows to all of k and v, in float64."""
+    rows, heads, dim = q.shape
+    tokens, kv_heads, _ = k.shape
+    k, v = (x.double().repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+    scores = torch.einsum("rhd,thd->hrt", q.double(), k) * dim**-0.5
+    hidden = torch.arange(tokens)[None, :] > torch.arange(tokens - rows, tokens)[:, None]
+    return torch.einsum("hrt,thd->rhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "dim"),
+    [(1, 1, 64), (2, 2, 80), (1, 3, 96), (1, 7, 128), (1, 16, 64), (1, 4, 256)],
+)
+def test_heads_of_any_group_and_size(
+    dtype: torch.dtype, kv_heads: int, group: int, dim: int
+) -> None:
+    frame = frame_bytes("cuda", kv_heads, dim, dtype, 16)
+    generator = torch.Generator().manual_seed(2)
+    kept: list[list[torch.Tensor]] = [[], []]
+    with pie.TieredKVCache(
+        1,
+        kv_heads,
+        dim,
+        dtype,
+        "cuda",
+        device_bytes=frame * 5,
+        pool_bytes=frame * 20,
+        block_tokens=16,
+    ) as cache:
+        sequence = cache.add()
+        for new in (33, 1, 19, 30, 1):
+            q, k, v = (
+                torch.randn(new, heads, dim, generator=generator).to(dtype)
+                for heads in (kv_heads * group, kv_heads, kv_heads)
+            )
+            kept[0].append(k)
+            kept[1].append(v)
+            with cache.step([(sequence, new)]):
+                out = cache.attend(0, q, k, v)
+            wanted = reference(q, torch.cat(kept[0]), torch.cat(kept[1]))
+            assert (out - wanted).abs().max() < ERRORS[dtype]
+        assert cache.stats().streamed_bytes > 0
+
+
+def test_copies_of_tables_are_what_the_tables_are() -> None:
+    frame = frame_bytes("cuda", 1, 16, torch.float32, 16)
+    with pie.TieredKVCache(
+        2,
+        1,
+        16,
+        torch.float32,
+        "cuda",
+        device_bytes=frame * 40,
+        pool_bytes=frame * 200,
+        block_tokens=16,
+        policy="fixed:0.5",
+    ) as cache:
+        layers = cache._gpu
+        assert layers is not None
+        sequences = [cache.add() for _ in range(3)]
+        for step in range(24):
+            batch = [(sequence, 17 if step < 3 else 1) for sequence in sequences]
+            rows = sum(new for _, new in batch)
+            q = torch.zeros(rows, 1, 16)
+            with cache.step(batch):
+                for layer in range(2):
+                    cache.attend(layer, q, q, q)
+                    told, *shape = cache._core.block_tables()
+                    wanted = torch.frombuffer(bytearray(told), dtype=torch.int32).view(shape)
+                    assert layers._tables is not None
+                    known = wanted[layer] >= 0
+                    assert torch.equal(layers._tables[layer][known], wanted[layer][known])
+            if step == 10:
+                sequences.append(cache.fork(sequences[0]))
+            if step == 15:
+                cache.free(sequences.pop(1))
+            cache.check()
+
+
+def tiny_model(attention: str) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=200,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    config._attn_implementation = attention
+    torch.manual_seed(3)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(("attention", "order"), [("pie", 0), ("pie", 1), ("pie", 2), ("eager", 2)])
+def test_a_model_says_the_same(double: Any, attention: str, order: int) -> None:
+    double.fake_set_order(order, 5)
+    prompt = torch.randint(0, 200, (2, 60), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(prompt)
+    mask[1, :7] = 0
+    made = {}
+    for name in ("eager", attention):
+        model = tiny_model(name)
+        options: dict[str, Any] = {}
+        cache = None
+        if name == attention and "wanted" in made:
+            frame = frame_bytes("cuda", 2, 16, torch.float32, 16)
+            cache = TieredCache(
+                model.config,
+                torch.float32,
+                "cuda",
+                device_bytes=frame * 14,
+                pool_bytes=frame * 99,
+                block_tokens=16,
+            )
+            options = cache_argument(model, cache)
+        with torch.inference_mode():
+            made["got" if cache is not None else "wanted"] = model.generate(
+                prompt,
+                attention_mask=mask,
+                max_new_tokens=8,
+                do_sample=False,
+                pad_token_id=0,
+                **options,
+            ).tolist()
+        if cache is not None:
+            assert cache.stats().streamed_bytes > 0
+            cache.kv.close()
+    assert made["got"] == made["wanted"]
+
+
+def test_a_long_prompt_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("pie")
+    frame = frame_bytes("cuda", 2, 16, torch.float32, 16)
+    cache = TieredCache(
+        model.config,
+        torch.float32,
+        "cuda",
+        device_bytes=frame * 10,
+        pool_bytes=frame * 99,
+        block_tokens=16,
+    )
+    monkeypatch.setattr(generation, "CHUNK_TOKENS", 40)
+    prompt = list(range(90))
+    got = list(generation.stream(model, prompt, cache, 4))
+    assert cache.stats().streamed_bytes > 0
+    roomy = TieredCache(model.config, torch.float32, device_bytes="4MiB", pool_bytes=0)
+    assert got == list(generation.stream(model, prompt, roomy, 4))
+    cache.kv.close()
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+
+def small(**options: Any) -> pie.TieredKVCache:
+    given = {"device_bytes": "1MiB", "pool_bytes": "1MiB", **options}
+    return pie.TieredKVCache(2, 1, 16, torch.float32, given.pop("device", "cuda"), **given)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:-1", "mps", "cuda:1:2"])
+def test_unknown_devices(device: str) -> None:
+    with pytest.raises(ConfigError, match="use 'cpu', 'cuda' or 'cuda:N'"):
+        small(device=device)
+
+
+def test_without_torch_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "make", runtime.Runtime)
+    with pytest.raises(ConfigError, match="install torch for CUDA"):
+        small()
+
+
+def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_double.Double, "driver", "libnothing.so.1")
+    with pytest.raises(ConfigError, match="there is no NVIDIA driver here"):
+        small()
+
+
+def test_more_than_the_gpu_has() -> None:
+    with pytest.raises(CapacityError, match=r"device_bytes is 1024.0 MiB .* are free: give less"):
+        small(device_bytes="1GiB")
+
+
+def test_more_than_the_machine_has() -> None:
+    with pytest.raises(ConfigError, match="are free to pin: give less"):
+        small(pool_bytes="900TiB")
+
+
+def test_no_directory_behind_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="behind a GPU the pool is CPU memory"):
+        small(pool_dir=tmp_path)
+
+
+def test_pages_are_not_there_yet() -> None:
+    with small() as cache, pytest.raises(ConfigError, match="no reader 'pages' yet"):
+        cache.step([(cache.add(), 1)], reader="pages")
+
+
+def test_one_stream_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    with small() as cache:
+        row = torch.zeros(1, 1, 16)
+        sequence = cache.add()
+
+        def step() -> None:
+            with cache.step([(sequence, 1)]):
+                cache.attend(0, row, row, row)
+                monkeypatch.setattr(cache._runtime, "stream", lambda: 7)
+                cache.attend(1, row, row, row)
+
+        with pytest.raises(LogicError, match="run all of a step on one stream"):
+            step()
+        monkeypatch.undo()
+        assert cache.length(sequence) == 0
+
+
+# ---- for real processors ------------------------------------------------------------------------
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from pie.gpu import kernels
+
+numbers = ("q_row q_head out_row out_head frame_stride blocks found_rows split_tokens window k_row "
+           "k_head v_row v_head first_row longest batch rows").split()
+floats = "found found_lse lse sinks state state_lse".split()
+kv = "q out frames k v".split()
+types = {**dict.fromkeys(numbers, "i32"), **dict.fromkeys(floats, "*fp32"),
+         **dict.fromkeys(kv, "*bf16"), "scale": "fp32", "soft_cap": "fp32"}
+
+def compiled(kernel, constants, **options):
+    names = kernel.arg_names
+    first = len(names) - len(constants)
+    signature = {name: types.get(name, "*i32") for name in names[:first]}
+    signature |= dict.fromkeys(names[first:], "constexpr")
+    values = {(first + i,): value for i, value in enumerate(constants)}
+    source = ASTSource(kernel, signature, values)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+for capability in map(int, sys.argv[1:]):
+    for rows, by_item, warps, stages in ((16, True, 2, 3), (64, False, 4, 2)):
+        made = compiled(kernels.attend, (32, 8, 128, 64, 128, rows, 64, not by_item, by_item, False,
+                                         False, False), num_warps=warps, num_stages=stages)
+        spills = made.asm["ptx"].count("st.local")
+        print(capability, rows, "shared", made.metadata.shared, "spills", spills)
+        assert made.metadata.shared <= 99 << 10 and spills == 0
+    compiled(kernels.append, (8, 128, 64, 8, 128))
+    compiled(kernels.merge, (32, 128, 128, False))
+    compiled(kernels.gather, (8, 128, 64, 64, 128))
+    compiled(kernels.edit, (64,))
+"""
+
+
+def test_kernels_compile() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-c", COMPILE, "80", "90", "100", "120"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(ran.stdout)
+    assert ran.returncode == 0, ran.stderr
