@@ -424,12 +424,12 @@ def seconds(
     return took
 
 
-def transparency(rounds: int = 7, batch: int = 256, length: int = 1024) -> Report:
+def transparency(rounds: int = 9, batch: int = 256, length: int = 3072) -> Report:
     """Decode steps resident, resident beside the same copies, and streaming, in turn.
 
     The shares are such that what is streamed takes from none to 1.5 times the step on the link.
     """
-    layers = 16
+    layers = 8
     decoder = Decoder(layers)
     kv = 2 * 8 * 128 * 2 * length * batch * layers
     room = kv * 5 // 4
@@ -455,7 +455,9 @@ def transparency(rounds: int = 7, batch: int = 256, length: int = 1024) -> Repor
 
         def copy(_: int, a_layer: int = a_layer) -> None:
             with torch.cuda.stream(side):
-                there[:a_layer].copy_(host[:a_layer], non_blocking=True)
+                for at in range(0, a_layer, 8 * MIB):
+                    part = slice(at, min(at + 8 * MIB, a_layer))
+                    there[part].copy_(host[part], non_blocking=True)
 
         arms: dict[str, list[float]] = {"resident": [], "beside": [], "streaming": []}
         for _ in range(rounds):
@@ -469,6 +471,9 @@ def transparency(rounds: int = 7, batch: int = 256, length: int = 1024) -> Repor
                 "load": load,
                 "share": share,
                 "streamed_bytes_a_step": a_step,
+                "stall_ms_a_step": (after.stall_ns - before.stall_ns)
+                / 1e6
+                / (after.steps - before.steps),
                 **{f"{arm}_ms": 1e3 * statistics.median(times) for arm, times in arms.items()},
                 "against_resident": statistics.median(ratio),
                 "against_copies": statistics.median(against),

@@ -62,7 +62,7 @@ class Scheduler {
   [[nodiscard]] const Transfers& transfers() const { return transfers_; }
   [[nodiscard]] const Policy& policy() const { return *policy_; }
   [[nodiscard]] const Plan& plan() const { return plan_; }
-  [[nodiscard]] Nanos stall_ns() const { return stall_ns_; }
+  [[nodiscard]] Nanos stall_ns() const { return stall_ns_ + transfers_.stall_ns(); }
 
   // `[layers, rows]`: which slot each row of the step goes to, of layers that have run.
   [[nodiscard]] std::span<const std::int64_t> slots() const { return slots_; }

@@ -54,7 +54,7 @@ class BlockTables {
   std::uint32_t rows_ = 0;
   std::uint32_t blocks_ = 0;
   std::vector<std::int32_t> entries_;
-  std::vector<bool> used_;        // by row
+  std::vector<bool> used_;             // by row
   bool noting_ = false;                // somebody keeps a copy
   TableEdits noted_ = {true, {}, {}};  // since `take_edits`; of its batches the last has no end
   TableEdits taken_;                   // what it returned

@@ -14,6 +14,7 @@ namespace pie {
 namespace {
 
 constexpr Nanos wait_ns_max = 1'000'000'000;
+constexpr std::size_t halts_max = 1024;
 
 std::uint64_t key_of(Ticket ticket) {
   return ticket.id * lane_count + static_cast<std::uint64_t>(ticket.lane);
@@ -49,7 +50,9 @@ Transfers::Transfers(Backend& backend, BlockMap& map)
     : backend_(backend),
       map_(map),
       streams_(backend.capabilities().streams),
-      guards_(map.device().capacity()) {}
+      guards_(map.device().capacity()) {
+  halts_.reserve(halts_max);
+}
 
 // ---- guards -------------------------------------------------------------------------------------
 
@@ -123,6 +126,29 @@ void Transfers::order(Ticket& ticket) {
       found != in_flight_.end() ? !std::exchange(found->second.ordered, true) : under_way(ticket);
   if (first) depend(ticket);
   ticket = {};
+}
+
+// With a fence on each side of it, so that what it takes is known; but where nobody has looked for
+// long which have passed.
+void Transfers::depend(Ticket ticket) {
+  if (halts_.size() == halts_max) return backend_.depend(stream_, {{}, ticket});
+  const Fence before = backend_.record(stream_, Timing::wanted);
+  backend_.depend(stream_, {{}, ticket});
+  halts_.push_back({before, backend_.record(stream_, Timing::wanted)});
+}
+
+// A fence of a halt has passed: the one before always first.
+void Transfers::pass(const Completion& completion) {
+  const auto found = std::ranges::find_if(halts_, [&](const Halt& halt) {
+    return halt.before == completion.fence || halt.behind == completion.fence;
+  });
+  if (found == halts_.end()) return;
+  if (found->before == completion.fence) {
+    found->began = completion.ended;
+    return;
+  }
+  stall_ns_ += completion.ended - found->began;
+  halts_.erase(found);
 }
 
 void Transfers::before_read(FrameIndex device) {
@@ -267,6 +293,7 @@ std::string Transfers::take_error(Branch& branch) {
 }
 
 void Transfers::end(const Completion& completion) {
+  if (completion.ticket.id == 0) return pass(completion);
   if (streams_ && completion.status != Status::ok && lost_.empty()) {
     const bool load = completion.ticket.lane == Lane::pool_to_device;
     lost_ = std::string("a copy ") + (load ? "from" : "to") +
@@ -301,7 +328,8 @@ void Transfers::end(const Completion& completion) {
 
 const std::vector<Landed>& Transfers::land() {
   std::array<Completion, 64> ended;
-  for (std::size_t count = ended.size(); count == ended.size() && any();) {
+  const bool expected = any() || !halts_.empty();
+  for (std::size_t count = ended.size(); count == ended.size() && expected;) {
     landing_.reserve(landing_.size() + ended.size());
     fetched_.reserve(fetched_.size() + ended.size());
     count = backend_.poll(ended);

@@ -62,7 +62,10 @@ class Transfers {
   // What the stream is about to do with a device frame: it is made to wait where it must.
   void before_read(FrameIndex device);
   void before_write(FrameIndex device);
-  void depend(Ticket ticket) { backend_.depend(stream_, {{}, ticket}); }
+  void depend(Ticket ticket);
+
+  // How long streams have waited for copies, as far as it is known yet.
+  [[nodiscard]] Nanos stall_ns() const { return stall_ns_; }
 
   // Adds what copies into a device frame must wait for.
   void add_guards(FrameIndex device, std::vector<Dep>& after) const;
@@ -122,6 +125,13 @@ class Transfers {
     Ticket departure;  // copies it to the pool
   };
 
+  // A stream's wait for a copy: fences before and behind it, and when the first passed.
+  struct Halt {
+    Fence before;
+    Fence behind;
+    Nanos began = 0;
+  };
+
   // A ticket of `fetch` under way.
   struct Fetch {
     Ticket ticket;
@@ -138,6 +148,7 @@ class Transfers {
   void start(const Transfer& transfer);
   void submit(const Transfer& transfer);
   void end(const Completion& completion);
+  void pass(const Completion& completion);
   void commit(const Transfer& transfer);
   void put_back(const Transfer& transfer);
   void give_up(const Transfer& transfer, const Completion& completion);
@@ -153,6 +164,8 @@ class Transfers {
   std::unordered_multimap<FrameIndex, Ticket> pool_guards_;  // copies that use pool frames
   std::vector<Landed> landing_;                              // since `land` was called
   std::vector<Landed> landed_;                               // what it returned
+  std::vector<Halt> halts_;                                  // a handful, oldest first
+  Nanos stall_ns_ = 0;
   std::string lost_;
   std::uint32_t loads_in_flight_ = 0;  // tickets
   std::uint64_t loaded_frames_ = 0;

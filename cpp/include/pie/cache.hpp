@@ -95,8 +95,8 @@ struct Stats {
   std::uint64_t decode_tokens = 0;
   Nanos decode_ns = 0;
   Nanos decode_stall_ns = 0;
-  Nanos stall_ns = 0;
-  double stall_fraction = 0;        // decode_stall_ns / decode_ns
+  Nanos stall_ns = 0;         // compute waited for copies; on a stream as far as it is known yet
+  double stall_fraction = 0;  // decode_stall_ns / decode_ns
   double decode_tokens_per_s = 0;   // decode_tokens / decode_ns
   std::uint64_t retries = 0;        // transfers that failed and were tried again
   std::uint64_t failed_writes = 0;  // of what is on the device too: tried again in a later step
