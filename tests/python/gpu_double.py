@@ -60,13 +60,12 @@ class Double:
         )
         return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
 
-    def upload(self, data: bytes) -> torch.Tensor:
+    def stage(self, data: bytes) -> torch.Tensor:
         return torch.frombuffer(bytearray(data), dtype=torch.int32)
 
-    stage = upload
-
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.full(shape, float("nan"), dtype=dtype)
+        fill = float("nan") if dtype.is_floating_point else -7
+        return torch.full(shape, fill, dtype=dtype)
 
     def launch(
         self,

@@ -26,6 +26,7 @@ _SPLIT_UNIT = 64  # splits end on multiples of it, as tiles do
 _SPLIT_TOKENS_LEAST = 256
 _SPLITS_MOST = 64
 _PROGRAMS_A_PROCESSOR = 4
+_BROUGHT = 1024  # numbers that a program brings to the device
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class GpuLayers:
         tables = self._tables_now()
         if self._step_rows is None:
             told = self._core.step_rows()
-            self._step_rows = self._runtime.upload(told)
+            self._step_rows = self._upload(told)
             self._longest = 1 + max(memoryview(told).cast("i").tolist()[1::2])
         frames = self._frames()
         kv_heads, tokens, dim = frames.shape[2:]
@@ -154,7 +155,7 @@ class GpuLayers:
         edits = self._core.table_edits()
         if edits is None or self._tables is None:
             told, layers, rows, blocks = self._core.block_tables()
-            self._tables = self._runtime.upload(told).view(layers, rows, blocks)
+            self._tables = self._upload(told).view(layers, rows, blocks)
             self._layer_tables = tuple(self._tables)
             self._blocks = blocks
             return self._layer_tables
@@ -171,10 +172,24 @@ class GpuLayers:
             )
         return self._layer_tables
 
+    def _upload(self, data: bytes) -> torch.Tensor:
+        """int32 on the device. A kernel fetches it: a copy would queue for the engine that streamed
+        blocks come by, and the computation with it.
+        """
+        staged = self._runtime.stage(data)
+        count = staged.numel()
+        to = self._runtime.empty((count,), torch.int32)
+        grid = (-(-count // _BROUGHT),)
+        numbers, constants = (count,), (_BROUGHT,)
+        self._runtime.launch(
+            kernels.bring, grid, tuple, (to, staged), numbers, constants, self._stream
+        )
+        return to
+
     def _planned(self, told: bytes) -> _Plan:
         layer = self._given()
         pieces = array("i", told)
-        on_device = self._runtime.upload(told)
+        on_device = self._upload(told)
         if layer.queries is None:
             return _Plan(on_device, pieces, ())
         group = layer.queries.q.shape[1] // layer.k.shape[1]
@@ -250,7 +265,7 @@ class GpuLayers:
         )
 
     def _numbers(self, tuples: Iterable[tuple[int, ...]]) -> torch.Tensor:
-        return self._runtime.upload(array("i", [n for one in tuples for n in one]).tobytes())
+        return self._upload(array("i", [n for one in tuples for n in one]).tobytes())
 
     def _tile(self) -> int:
         """Tokens of a tile: what fits beside the rows in a processor's shared memory."""

@@ -25,6 +25,13 @@ import triton.language as tl
 
 
 @triton.jit
+def bring(to, staged, count, BLOCK: tl.constexpr):
+    """Copies numbers from pinned CPU memory to the device."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(to + i, tl.load(staged + i, mask=i < count), mask=i < count)
+
+
+@triton.jit
 def edit(tables, edits, rows, blocks, BLOCK: tl.constexpr):
     """Writes runs of frames to `[layers, rows, blocks]`: a program an edit, `[edits, 5]` int32."""
     at = edits + tl.program_id(0) * 5

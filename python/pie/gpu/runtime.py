@@ -62,14 +62,10 @@ class Runtime:
         with torch.inference_mode(False):
             return from_dlpack(core.frames())
 
-    def upload(self, data: bytes) -> torch.Tensor:
-        """A new tensor of int32 on the device, in the order of the stream; nobody waits."""
-        with torch.inference_mode(False):
-            return self.stage(data).to(self.device, non_blocking=True)
-
     def stage(self, data: bytes) -> torch.Tensor:
-        """int32 in CPU memory that a kernel of the caller's stream reads once, soon."""
-        return self._staging.take(data)
+        """int32 in pinned CPU memory that a kernel of the caller's stream reads once, soon."""
+        with torch.inference_mode(False):
+            return self._staging.take(data)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A new tensor on the device, of any content."""

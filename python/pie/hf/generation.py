@@ -60,7 +60,9 @@ def stream(
             yield token
             if token in ends or count == max_new_tokens:
                 return
-            logits = model(torch.tensor([[token]], device=model.device), **options).logits
+            # Made on the device: a copy to it would queue behind what is streamed there.
+            last = torch.full((1, 1), token, device=model.device)
+            logits = model(last, **options).logits
 
 
 def cache_argument(model: Any, cache: TieredCache) -> dict[str, TieredCache]:
