@@ -11,6 +11,7 @@ STAMPS := $(VENV)/.stamps
 CACHE := .cache
 MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
 JOBS ?= $(shell nproc)
+GPU_PYTHON ?= 3.12
 BUILD_REQUIRES := scikit-build-core nanobind nanobind-backend 'cmake>=3.28' ninja
 
 # CMake, Ninja and the linters of the virtual environment come before the system's.
@@ -31,6 +32,7 @@ PYTHON_PATHS := $(wildcard python tests/python examples bench)
 PYTHON_SOURCES := $(wildcard python/pie/*.py python/pie/*/*.py)
 BUILD_FILES := CMakeLists.txt CMakePresets.json pyproject.toml $(wildcard cmake/*)
 
+.PHONY: gpu-check gpu-check-wheels
 .PHONY: help demo test lint format sanitizers bench stubs clean
 .PHONY: system-packages gtest ctest-release ctest-asan ctest-tsan pytest embed tidy
 
@@ -61,6 +63,25 @@ bench: build-release $(STAMPS)/installed $(MODEL) ## Measure this machine: pool 
 	  echo; echo "== $$program"; build/release/bench/$$program || exit 1; done
 	@for script in bench/*.py; do \
 	  echo; echo "== $$script"; $(VENV)/bin/python $$script --model $(MODEL) || exit 1; done
+
+# On a machine that may have no package index: the python3 there has torch, Triton and transformers.
+GPU_SITE := build/gpu-site
+gpu-check: ## Check and measure on this machine's GPU, with the wheels of gpu-check-wheels
+	@mkdir -p build
+	python3 -m pip install -q --no-index --no-deps --upgrade --target $(GPU_SITE) build/gpu-wheels/*.whl
+	LD_LIBRARY_PATH=build/gpu-wheels PYTHONPATH=$(GPU_SITE) PIE_TEST_CUDA=build/gpu-wheels/test_cuda \
+	  python3 bench/gpu_check.py --report build/gpu-check.json
+
+gpu-check-wheels: build-release ## Fill build/gpu-wheels for a machine with a GPU and no package index
+	rm -rf build/gpu-wheels && mkdir -p build/gpu-wheels
+	$(PIP) wheel --no-deps --no-build-isolation --config-settings build-dir=build/wheel \
+	  -w build/gpu-wheels .
+	$(PIP) download --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+	  $(foreach n,17 27 28,--platform manylinux_2_$(n)_x86_64) -d build/gpu-wheels \
+	  nanobind-backend transformers
+	cp build/release/test_cuda build/release/libpie.so build/release/libpie_cuda.so \
+	  build/release/libfake_driver.so build/gpu-wheels
+	du -sh build/gpu-wheels
 
 stubs: $(STAMPS)/installed ## Regenerate python/pie/_core.pyi from the bindings
 	cp build/wheel/_core.pyi python/pie/_core.pyi
