@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-file", metavar="FILE")
     make.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    make.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default %(default)s")
     make.add_argument("--dtype", default="bf16", help="f32, bf16 or f16; default %(default)s")
     make.add_argument(
         "--kv-device",
@@ -71,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         "--kv-pool",
         default="auto",
         metavar="SIZE",
-        help="the most that the pool may take on disk, 0 for no pool; auto (the default) is half "
-        "of the free disk",
+        help="the most that the pool may take on disk, or in CPU memory behind a GPU; 0 for no "
+        "pool; auto (the default) is half of what is free",
     )
     make.add_argument("--pool-dir", metavar="DIR", help="where the pool's file is made")
     make.add_argument(
@@ -112,7 +113,7 @@ def _generate(options: argparse.Namespace) -> int:
     sampling = generation.Sampling(options.temperature, options.top_p, options.seed)
     dtype = dtype_name(options.dtype)
     _note(options, f"loading {options.model}")
-    model, tokenizer = load(options.model, dtype)
+    model, tokenizer = load(options.model, dtype, device=options.device)
     tokens = tokenizer(prompt).input_ids
     _check_context(model.config, len(tokens), options.max_new_tokens)
     with _open_cache(model, options, len(tokens) + options.max_new_tokens) as cache:
@@ -162,7 +163,7 @@ def _open_cache(model: Any, options: argparse.Namespace, tokens: int) -> Any:
     budget, policy = options.kv_device, options.policy or "fit"
     if budget is None:
         needed, available = kv_bytes(*shape, tokens), memory.available_memory()
-        if needed > available:
+        if needed > available and options.device == "cpu":
             raise ConfigError(
                 f"The KV of {tokens} tokens takes {format_size(needed)} and this machine has "
                 f"{format_size(available)} of memory left: give a budget with --kv-device."
@@ -171,6 +172,7 @@ def _open_cache(model: Any, options: argparse.Namespace, tokens: int) -> Any:
     return TieredCache(
         model.config,
         model.dtype,
+        options.device,
         device_bytes=budget,
         pool_bytes=None if policy == "off" else options.kv_pool,
         pool_dir=options.pool_dir,

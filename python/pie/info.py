@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from pie import _core
 from pie.memory import available_memory, cgroup_limit, total_memory
@@ -91,7 +92,7 @@ def _rates(directory: str, direct: bool) -> tuple[float, float]:
 
 
 def _gpu() -> str:
-    """The GPU that is there, or why none is used; its driver is asked, nothing runs on it."""
+    """The GPU that is there and how fast its link is, or why none is used."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -99,4 +100,29 @@ def _gpu() -> str:
     count = ctypes.c_int(0)
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return "none: the NVIDIA driver is there, but finds no device that works"
-    return f"{count.value} by NVIDIA, not used: this build of Pie computes on the CPU only"
+    import torch
+
+    if torch.version.cuda is None:
+        return f"{count.value} by NVIDIA, not used: torch {torch.__version__} is without CUDA"
+    free, total = torch.cuda.mem_get_info()
+    to_device, to_host = _link_rates(torch)
+    return (
+        f"{torch.cuda.get_device_name()}, {format_size(free)} of {format_size(total)} free; link "
+        f"{to_device / 1e9:.1f} GB/s to the device, {to_host / 1e9:.1f} GB/s back; "
+        f"{format_size(available_memory() // 2)} of CPU memory for a pool"
+    )
+
+
+def _link_rates(torch: Any) -> tuple[float, float]:
+    """Bytes per second from pinned memory to the device, and back."""
+    host = torch.zeros(_TRIAL_BYTES, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty_like(host, device="cuda")
+    rates = []
+    for to, of in ((device, host), (host, device)):
+        to.copy_(of)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        to.copy_(of, non_blocking=True)
+        torch.cuda.synchronize()
+        rates.append(_TRIAL_BYTES / (time.perf_counter() - began))
+    return rates[0], rates[1]

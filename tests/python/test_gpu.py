@@ -261,6 +261,36 @@ def test_a_model_says_the_same(double: Any, attention: str, order: int) -> None:
     assert made["got"] == made["wanted"]
 
 
+@pytest.fixture(scope="module")
+def smollm(weights: Path) -> Any:
+    """SmolLM2-135M in float32, and the tokens that it says without a cache of Pie's."""
+    from pie.hf import load
+
+    model, tokenizer = load(weights, "f32")
+    prompt = tokenizer("Paging moves what is not needed now out of the way, so that " * 2).input_ids
+    wanted = model.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False)
+    return model, prompt, wanted[0, len(prompt) :].tolist()
+
+
+def test_a_real_model_says_the_same(double: Any, smollm: Any) -> None:
+    double.fake_set_order(2, 6)
+    model, prompt, wanted = smollm
+    frame = frame_bytes("cuda", 3, 64, torch.float32, 16)
+    with TieredCache(
+        model.config, torch.float32, "cuda", device_bytes=frame * 48, pool_bytes=frame * 300,
+        block_tokens=16,
+    ) as cache:  # fmt: skip
+        assert list(generation.stream(model, prompt, cache, 4)) == wanted
+        stats = cache.stats()
+    assert stats.streamed_bytes > stats.decode_steps * stats.kv_bytes // 2
+
+
+def test_the_probe_of_a_model() -> None:
+    from pie.hf.loading import probe
+
+    probe(tiny_model("pie"), "cuda")
+
+
 def test_a_long_prompt_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("pie")
     frame = frame_bytes("cuda", 2, 16, torch.float32, 16)

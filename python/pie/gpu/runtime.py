@@ -44,7 +44,7 @@ class Runtime:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)  # where tensors of it are
         self.name = str(self.device)
-        self._staging = _Staging()
+        self._staging: _Staging | None = None
         self._launched: dict[tuple[Any, ...], Callable[..., None]] = {}
         self.processors: int = torch.cuda.get_device_properties(index).multi_processor_count
 
@@ -65,6 +65,8 @@ class Runtime:
     def stage(self, data: bytes) -> torch.Tensor:
         """int32 in pinned CPU memory that a kernel of the caller's stream reads once, soon."""
         with torch.inference_mode(False):
+            if self._staging is None:
+                self._staging = _Staging()
             return self._staging.take(data)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -110,8 +112,7 @@ class _Staging:
     """
 
     def __init__(self) -> None:
-        with torch.inference_mode(False):
-            self._tensor = torch.empty(2 * _STAGED, dtype=torch.int32, pin_memory=True)
+        self._tensor = torch.empty(2 * _STAGED, dtype=torch.int32, pin_memory=True)
         self._memory = memoryview(self._tensor.numpy().data).cast("B")
         self._next = 0
         self._left: list[torch.cuda.Event | None] = [None, None]  # by half: when it was left
@@ -143,6 +144,12 @@ def runtime_for(device: torch.device | str) -> Runtime | None:
     if kind != "cpu":
         raise ConfigError(f"device is {str(device)!r}: use 'cpu', 'cuda' or 'cuda:N'.")
     return None
+
+
+def tensor_device(device: torch.device | str) -> torch.device:
+    """Where tensors of a device are. ConfigError for one that Pie does not know, or cannot use."""
+    runtime = runtime_for(device)
+    return torch.device("cpu") if runtime is None else runtime.device
 
 
 make: Callable[[torch.device], Runtime] = Runtime  # a test puts a double here

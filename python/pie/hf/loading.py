@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pie._core import ConfigError, LogicError
 from pie.cache import dtype_name, roomy_bytes, torch_dtype
+from pie.gpu.runtime import tensor_device
 from pie.hf.cache import TieredCache, geometry, windows
 from pie.hf.generation import cache_argument
 
@@ -29,8 +30,11 @@ def load(
     path: str | os.PathLike[str],
     dtype: torch.dtype | str = "bf16",
     attn_implementation: str = "pie",
+    device: torch.device | str = "cpu",
 ) -> tuple[Any, Any]:
     """Returns (model, tokenizer) of a safetensors folder, a GGUF file or a hub id.
+
+    The model is put on `device`, "cpu" or "cuda", and is for caches there.
 
     Weights are never unpickled, code of the model's own is never run. The model is refused, with a
     ConfigError that names it, where Pie cannot hold its K and V, and where two short chunks with
@@ -43,6 +47,7 @@ def load(
             f"attn_implementation is {attn_implementation!r}: give a name, such as 'pie' or 'sdpa'."
         )
     source, gguf = _source(name)
+    place = tensor_device(device)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
         geometry(config)
@@ -81,12 +86,14 @@ def load(
                 f"{name} is not whole: {len(info[what])} {what.replace('_', ' ')}, such as {some}."
             )
     tokenizer.padding_side = "left"
-    probe(model)
+    model.to(place)
+    probe(model, device)
     return model, tokenizer
 
 
-def probe(model: Any) -> None:
-    """Raises ConfigError unless `model` through a TieredCache matches its own eager attention.
+def probe(model: Any, device: torch.device | str = "cpu") -> None:
+    """Raises ConfigError unless `model` through a TieredCache on the device, where it is, matches
+    its own eager attention.
 
     Two rows, one of them padded on the left, go through in two chunks. An attention window is
     made shorter than the chunks for as long as this takes.
@@ -105,7 +112,7 @@ def probe(model: Any) -> None:
             with torch.no_grad():
                 expected = model(**inputs, use_cache=False).logits[:, _PROBE_CHUNKS[0] :]
             model.set_attn_implementation(asked)
-            found = _probe_in_chunks(model, inputs)
+            found = _probe_in_chunks(model, inputs, device)
     except MemoryError:
         raise
     except Exception as error:
@@ -153,12 +160,14 @@ def _probe_inputs(model: Any) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _probe_in_chunks(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def _probe_in_chunks(
+    model: Any, inputs: dict[str, torch.Tensor], device: torch.device | str
+) -> torch.Tensor:
     """Logits of the last chunk."""
     tokens = sum(_PROBE_CHUNKS)
     budget = roomy_bytes(*geometry(model.config), model.dtype, [tokens, tokens])
     options: dict[str, Any] = {"device_bytes": budget, "pool_bytes": None, "policy": "off"}
-    with TieredCache(model.config, model.dtype, **options) as cache, torch.no_grad():
+    with TieredCache(model.config, model.dtype, device, **options) as cache, torch.no_grad():
         end, logits = 0, inputs["input_ids"]
         for chunk in _PROBE_CHUNKS:
             begin, end = end, end + chunk
