@@ -44,6 +44,7 @@ if(TARGET pie_cuda)
     add_dependencies(test_${name} pie_cuda)
   endfunction()
   pie_cuda_test(cuda)
+  pie_cuda_test(cuda_swarm)
 endif()
 
 # A function compiled for AVX-512 but shared with the rest of the library (a weak symbol) would end

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <random>
@@ -100,12 +101,55 @@ struct Entry {
   }
 };
 
+// What is asked of the machine under a cache whose compute is on streams.
+class Machine {
+ public:
+  Machine() = default;
+  Machine(const Machine&) = delete;
+  Machine& operator=(const Machine&) = delete;
+  virtual ~Machine() = default;
+
+  // Work on a stream that reads or writes `bytes` of a device frame, where `body` finds them.
+  using Body = std::function<void(std::byte*)>;
+  enum class Access : std::uint8_t { read, write };
+  virtual void launch(ComputeStream stream, Nanos duration_ns, std::byte* at, Bytes bytes,
+                      Access access, Body body) = 0;
+
+  // Returns when the stream has done what it was given, and something more that takes as long.
+  virtual void run(ComputeStream stream, Nanos duration_ns) = 0;
+
+  // Moves on where the host waits.
+  [[nodiscard]] virtual Nanos host_time() const = 0;
+  [[nodiscard]] virtual std::uint64_t failed_copies() const = 0;
+};
+
+class SimMachine final : public Machine {
+ public:
+  explicit SimMachine(SimBackend& sim) : sim_(sim) {}
+
+  void launch(ComputeStream stream, Nanos duration_ns, std::byte* at, Bytes /*bytes*/,
+              Access /*access*/, Body body) override {
+    sim_.launch(stream, {duration_ns}, [at, body = std::move(body)] { body(at); });
+  }
+  void run(ComputeStream stream, Nanos duration_ns) override {
+    if (duration_ns > 0) sim_.compute(stream, {duration_ns});
+    sim_.synchronize(stream);
+  }
+  [[nodiscard]] Nanos host_time() const override { return sim_.now(); }
+  [[nodiscard]] std::uint64_t failed_copies() const override {
+    return sim_.counts(Lane::pool_to_device).failed + sim_.counts(Lane::device_to_pool).failed;
+  }
+
+ private:
+  SimBackend& sim_;
+};
+
 // Stamps what it stores and compares the stamps of what it reads, at once or, where compute runs on
 // a stream, when the stream gets there. What a step that was aborted read does not matter.
 class StampKernel final : public LayerKernel {
  public:
-  StampKernel(Geometry geometry, SimBackend* streams)
-      : geometry_(std::move(geometry)), sim_(streams) {}
+  StampKernel(Geometry geometry, Machine* streams)
+      : geometry_(std::move(geometry)), machine_(streams) {}
 
   void begin_step(const std::vector<Entry>& entries) {
     entries_ = &entries;
@@ -141,14 +185,16 @@ class StampKernel final : public LayerKernel {
     const std::uint32_t position = entry.position() + row - entry.first_row;
     expect(position % block_tokens == token && row + rows <= entry.first_row + entry.new_tokens,
            "rows are stored where they do not belong");
-    const auto body = [=, salt = entry.salt, layer = layer_] {
+    const auto body = [=, salt = entry.salt, layer = layer_](std::byte* at) {
       for (std::uint32_t i = 0; i < rows; ++i) {
         const std::uint64_t mark = stamp(salt, layer, position + i);
-        std::memcpy(frame + (token + i) * sizeof mark, &mark, sizeof mark);
+        std::memcpy(at + i * sizeof mark, &mark, sizeof mark);
       }
     };
-    if (sim_ == nullptr) return body();
-    sim_->launch(stream_, {store_ns}, body);
+    std::byte* at = frame + token * sizeof(std::uint64_t);
+    if (machine_ == nullptr) return body(at);
+    machine_->launch(stream_, store_ns, at, rows * sizeof(std::uint64_t), Machine::Access::write,
+                     body);
   }
 
   void attend(std::uint32_t layer, std::span<const KvPiece> pieces) override {
@@ -195,16 +241,18 @@ class StampKernel final : public LayerKernel {
     for (std::uint32_t i = 0; i < count; ++i) {
       want[i] = stamp(entry.at(token + i), layer_, token + i);
     }
-    if (sim_ == nullptr) {
+    if (machine_ == nullptr) {
       expect(same(frame, want, count), told(entry.id, layer_, token));
       return;
     }
-    sim_->launch(stream_, {read_ns},
-                 [=, id = entry.id, layer = layer_, aborted = aborted_, failure = failure_] {
-                   if (!*aborted && failure->empty() && !same(frame, want, count)) {
-                     *failure = told(id, layer, token);
-                   }
-                 });
+    const auto body = [=, id = entry.id, layer = layer_, aborted = aborted_,
+                       failure = failure_](const std::byte* at) {
+      if (!*aborted && failure->empty() && !same(at, want, count)) {
+        *failure = told(id, layer, token);
+      }
+    };
+    machine_->launch(stream_, read_ns, const_cast<std::byte*>(frame), count * sizeof want[0],
+                     Machine::Access::read, body);
   }
 
   static bool same(const std::byte* frame, const std::array<std::uint64_t, block_tokens>& want,
@@ -218,7 +266,7 @@ class StampKernel final : public LayerKernel {
   }
 
   Geometry geometry_;
-  SimBackend* sim_;  // null where the caller computes
+  Machine* machine_;  // null where the caller computes
   ComputeStream stream_ = compute_stream;
   const std::vector<Entry>* entries_ = nullptr;
   std::uint32_t layer_ = 0;
@@ -231,14 +279,18 @@ class StampKernel final : public LayerKernel {
 // One cache under test and what it should hold.
 class Model {
  public:
-  Model(const Geometry& geometry, const std::string& policy, std::unique_ptr<Backend> backend)
+  // Where compute is on streams, `machine` is what the backend is of; null: the simulated one.
+  Model(const Geometry& geometry, const std::string& policy, std::unique_ptr<Backend> backend,
+        std::unique_ptr<Machine> machine = nullptr)
       : geometry_(geometry),
         proxy_(dynamic_cast<ProxyBackend*>(backend.get())),
         streams_(backend->capabilities().streams),
-        kernel_(geometry, streams_ ? &sim() : nullptr),
+        machine_(machine != nullptr || proxy_ == nullptr ? std::move(machine)
+                                                         : std::make_unique<SimMachine>(sim())),
+        kernel_(geometry, streams_ ? machine_.get() : nullptr),
         random_(geometry.layers),
         cache_(std::make_unique<Cache>(geometry, policy, std::move(backend))) {
-    if (streams_) cache_->set_stream(compute_stream);
+    if (streams_ && proxy_ != nullptr) cache_->set_stream(compute_stream);
   }
 
   Model(const Geometry& geometry, const std::string& policy, const SimOptions& options)
@@ -302,7 +354,7 @@ class Model {
   // ---- a step, call by call
 
   void begin(const std::vector<StepEntry>& batch, Reader reader) {
-    if (streams_) began_ns_ = sim().now();
+    if (streams_) began_ns_ = machine_->host_time();
     cache_->begin(batch, reader);
     expect_no_wait();
     reader_ = reader;
@@ -363,7 +415,7 @@ class Model {
 
   // Returns when the stream has done what it was given.
   void settle() const {
-    if (streams_) sim().synchronize(stream_);
+    if (streams_) machine_->run(stream_, 0);
   }
 
   // A whole step; `layers_run` below `layers()` aborts.
@@ -384,9 +436,7 @@ class Model {
     expect(kernel_.failure().empty() || (streams_ && failed_copies() > 0), kernel_.failure());
   }
 
-  [[nodiscard]] std::uint64_t failed_copies() const {
-    return sim().counts(Lane::pool_to_device).failed + sim().counts(Lane::device_to_pool).failed;
-  }
+  [[nodiscard]] std::uint64_t failed_copies() const { return machine_->failed_copies(); }
 
   Cache& cache() { return *cache_; }
   [[nodiscard]] SimBackend& sim() const { return proxy_->inner(); }
@@ -406,13 +456,12 @@ class Model {
   // Most often the stream comes to its end before the caller goes on; sometimes it lags behind.
   void let_run() {
     if (!streams_ || random_() % 4 == 0) return;
-    sim().compute(stream_, {static_cast<Nanos>(random_() % 400'000)});
-    sim().synchronize(stream_);
+    machine_->run(stream_, 1 + static_cast<Nanos>(random_() % 400'000));
   }
 
   // Between begin and the end of finish the host waits for nothing where compute is on a stream.
   void expect_no_wait() const {
-    expect(!streams_ || sim().now() == began_ns_, "the host waited within a step");
+    expect(!streams_ || machine_->host_time() == began_ns_, "the host waited within a step");
   }
 
   void run_with_inputs(std::uint32_t layer) {
@@ -539,7 +588,8 @@ class Model {
   Geometry geometry_;
   ProxyBackend* proxy_;  // in front of the simulated one; null where the cache runs on another
   bool streams_;
-  Nanos began_ns_ = 0;  // the step; where compute is on a stream
+  std::unique_ptr<Machine> machine_;  // null where the cache runs on neither
+  Nanos began_ns_ = 0;                // the step; where compute is on a stream
   ComputeStream stream_ = compute_stream;
   StampKernel kernel_;
   std::mt19937_64 random_;

@@ -338,6 +338,7 @@ bool Machine::query(Event& event) {
   if (!event.recorded) return true;
   if (order_ == Order::latest && draw() < 0.5) force(event.recorded);
   if (order_ == Order::random) static_cast<void>(step());
+  if (order_ == Order::earliest) proceed();  // what another order has left
   if (!event.recorded->done) return false;
   host_.join(event.recorded->clock);
   return true;

@@ -1,0 +1,305 @@
+// Seeded histories of a cache on the CUDA backend, over the double of the driver: each step under
+// an order of its own among all that streams and events allow, against the reference model, and no
+// two uses of a frame that race. Then the same with a bug planted in the backend, which must be
+// seen.
+#include <gtest/gtest.h>
+
+#include <array>
+#include <functional>
+#include <iostream>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fake.hpp"
+#include "gpu_fixture.hpp"
+#include "pie/backends.hpp"
+#include "reference_model.hpp"
+
+namespace pie {
+namespace {
+
+using testing::Caller;
+using testing::Mismatch;
+using testing::Model;
+
+constexpr std::uint32_t histories = 45;
+constexpr std::uint32_t operations = 400;
+constexpr std::uint32_t sequences_max = 5;
+constexpr std::uint32_t tokens_max = 300;
+
+struct Tally {
+  std::uint64_t schedules = 0;  // steps, each in an order of its own
+  std::uint64_t streamed = 0;   // frames
+  std::uint64_t aborts = 0;
+  std::uint64_t forks = 0;
+  std::uint64_t resizes = 0;
+  std::uint64_t truncations = 0;
+  std::uint64_t switches = 0;  // of the stream
+  std::uint64_t refusals = 0;
+};
+
+// The backend, and how often the host has waited; with a bug, if one is asked for.
+enum class Bug : std::uint8_t { none, no_depend, no_fences, no_ticket_deps, wrong_frame };
+
+class Watched final : public Backend {
+ public:
+  Watched(std::unique_ptr<Backend> inner, Bug bug) : inner_(std::move(inner)), bug_(bug) {}
+
+  [[nodiscard]] std::uint64_t waits() const { return waits_; }
+
+  [[nodiscard]] Capabilities capabilities() const override {
+    Capabilities all = inner_->capabilities();
+    all.copy_bytes_best = 2048;  // so that small caches have segments
+    return all;
+  }
+  [[nodiscard]] Nanos now() const override { return inner_->now(); }
+  std::uint32_t resize_device(std::uint32_t frames) override {
+    return inner_->resize_device(frames);
+  }
+  PoolSize resize_pool(std::uint32_t frames) override {
+    const PoolSize size = inner_->resize_pool(frames);
+    growing_ = size.pending;
+    return size;
+  }
+  [[nodiscard]] std::string pool_refusal() const override { return inner_->pool_refusal(); }
+  Ticket submit(std::span<const Copy> copies, std::span<const Dep> after) override {
+    std::vector<Copy> all(copies.begin(), copies.end());
+    std::vector<Dep> deps(after.begin(), after.end());
+    for (Dep& dep : deps) {
+      if (bug_ == Bug::no_fences) dep.fence = {};
+      if (bug_ == Bug::no_ticket_deps) dep.ticket = {};
+    }
+    if (bug_ == Bug::wrong_frame && ++submitted_ % 50 == 0 && all[0].to.first > 0) {
+      --all[0].to.first;
+    }
+    return inner_->submit(all, deps);
+  }
+  std::size_t poll(std::span<Completion> out) override { return inner_->poll(out); }
+  void wait(Nanos timeout_ns) override {
+    if (!growing_) ++waits_;  // a pool that grows for the first time is waited for
+    inner_->wait(timeout_ns);
+  }
+  Fence record(ComputeStream stream, Timing timing) override {
+    return inner_->record(stream, timing);
+  }
+  void depend(ComputeStream stream, const Dep& dep) override {
+    if (bug_ != Bug::no_depend) inner_->depend(stream, dep);
+  }
+  void duplicate(ComputeStream stream, std::span<const Duplicate> frames) override {
+    inner_->duplicate(stream, frames);
+  }
+  [[nodiscard]] std::byte* address(FrameIndex frame) const override {
+    return inner_->address(frame);
+  }
+  [[nodiscard]] std::shared_ptr<const void> memory() const override { return inner_->memory(); }
+  [[nodiscard]] Health health() const override { return inner_->health(); }
+
+ private:
+  std::unique_ptr<Backend> inner_;
+  Bug bug_;
+  bool growing_ = false;
+  std::uint64_t waits_ = 0;
+  std::uint64_t submitted_ = 0;
+};
+
+class FakeMachine final : public testing::Machine {
+ public:
+  explicit FakeMachine(const Watched& backend) : backend_(backend) {}
+
+  void launch(ComputeStream stream, Nanos /*duration_ns*/, std::byte* at, Bytes bytes,
+              Access access, Body body) override {
+    const auto address = reinterpret_cast<CUdeviceptr>(at);
+    const fake::Range range{address, bytes, access == Access::write};
+    fake::launch(testing::handle_of(stream), {&range, 1},
+                 [at = fake::reach(address), body = std::move(body)] { body(at); });
+  }
+  void run(ComputeStream stream, Nanos /*duration_ns*/) override {
+    Caller::get().synchronize(testing::handle_of(stream));
+  }
+  // How often the host has waited, for the driver or in the backend.
+  [[nodiscard]] Nanos host_time() const override {
+    std::uint64_t waits = backend_.waits();
+    for (const auto& [name, count] : fake::calls_by_name()) {
+      if (name.ends_with("Synchronize")) waits += count;
+    }
+    return static_cast<Nanos>(waits);
+  }
+  [[nodiscard]] std::uint64_t failed_copies() const override { return 0; }
+
+ private:
+  const Watched& backend_;
+};
+
+// ---- a history ----------------------------------------------------------------------------------
+
+class History {
+ public:
+  History(std::uint64_t seed, Bug bug, Tally& tally)
+      : random_(seed), tally_(tally), geometry_(draw_geometry()) {
+    const Bytes stride = geometry_.frame_bytes();
+    const std::uint32_t layers = geometry_.layers;
+    frames_ = layers + 2 + (one_in(6) ? 0 : pick(layers * 20));
+    fake::set_order(fake::Order::random, seed);
+    auto watched = std::make_unique<Watched>(open_cuda({.frame_bytes = stride,
+                                                        .device_bytes = frames_ * stride,
+                                                        .pool_bytes = (300 + pick(600)) * stride,
+                                                        .driver = testing::driver_name()}),
+                                             bug);
+    auto machine = std::make_unique<FakeMachine>(*watched);
+    const std::array policies = {"fit", "fit", "fixed:0.5", "fixed:1"};
+    model_ = std::make_unique<Model>(geometry_, policies[pick(policies.size())], std::move(watched),
+                                     std::move(machine));
+    model_->set_stream(stream(1));
+  }
+
+  void all() {
+    static_cast<void>(model_->add());
+    for (std::uint32_t i = 0; i < operations; ++i) {
+      try {
+        operate();
+      } catch (const CapacityError&) {
+        ++tally_.refusals;
+        free_one();
+      } catch (const LogicError&) {
+        ++tally_.refusals;  // of a truncation, by a window
+      }
+      model_->check();
+      const std::vector<std::string> found = fake::take_violations();
+      if (!found.empty()) throw Mismatch(found.front());
+    }
+    model_->settle();
+    model_->check();
+    tally_.streamed += model_->cache().stats().streamed_bytes / geometry_.frame_bytes();
+  }
+
+ private:
+  std::uint32_t pick(std::size_t below) { return static_cast<std::uint32_t>(random_() % below); }
+  bool one_in(std::uint32_t n) { return pick(n) == 0; }
+  static ComputeStream stream(std::uint32_t number) {
+    return {reinterpret_cast<std::uintptr_t>(Caller::get().stream(number))};
+  }
+
+  Geometry draw_geometry() {
+    Geometry geometry{1 + pick(4), 1, 8, testing::block_tokens, DType::bf16};
+    if (one_in(3)) {
+      for (std::uint32_t layer = 0; layer < geometry.layers; ++layer) {
+        geometry.windows.push_back(pick(2) * (1 + pick(100)));
+      }
+    }
+    return geometry;
+  }
+
+  SequenceId any() {
+    auto found = model_->salts().begin();
+    std::advance(found, pick(model_->salts().size()));
+    return found->first;
+  }
+
+  void free_one() {
+    if (model_->salts().size() > 1) model_->free(any());
+  }
+
+  void operate() {
+    const std::size_t count = model_->salts().size();
+    const std::uint32_t what = pick(20);
+    if (what < 13 || count == 0) return step();
+    const bool full = count >= sequences_max;
+    if (what < 15) {
+      if (full) return free_one();
+      if (one_in(2)) {
+        static_cast<void>(model_->add());
+      } else {
+        static_cast<void>(model_->fork(any()));
+        ++tally_.forks;
+      }
+    } else if (what < 17) {
+      const SequenceId id = any();
+      model_->truncate(id, pick(model_->length(id) + 1));
+      ++tally_.truncations;
+    } else if (what == 17) {
+      model_->resize(geometry_.layers + 2 + pick(geometry_.layers * 20), 200 + pick(700));
+      ++tally_.resizes;
+    } else if (what == 18) {
+      model_->set_stream(stream(1 + pick(2)));
+      ++tally_.switches;
+    } else {
+      model_->settle();
+    }
+  }
+
+  void step() {
+    if (model_->salts().empty()) static_cast<void>(model_->add());
+    const std::array orders = {fake::Order::earliest, fake::Order::latest, fake::Order::random,
+                               fake::Order::random};
+    fake::set_order(orders[pick(orders.size())], random_());
+    std::vector<StepEntry> batch;
+    for (const auto& [id, salts] : model_->salts()) {
+      if (one_in(4) && !batch.empty()) continue;
+      const auto room =
+          static_cast<std::uint32_t>(tokens_max - std::min<std::size_t>(tokens_max, salts.size()));
+      if (room == 0) continue;
+      batch.push_back({id, one_in(3) ? 1 + pick(std::min(room, 40U)) : 1});
+    }
+    if (batch.empty()) return free_one();
+    const bool whole = !one_in(10);
+    model_->step(batch, Reader::kernel, whole ? model_->layers() : pick(model_->layers()));
+    ++tally_.schedules;
+    if (!whole) ++tally_.aborts;
+  }
+
+  std::mt19937_64 random_;
+  Tally& tally_;
+  Geometry geometry_;
+  std::uint32_t frames_ = 0;
+  std::unique_ptr<Model> model_;
+};
+
+TEST(CudaSwarm, NoOrderOfDoingThingsIsSeen) {
+  static_cast<void>(fake::take_violations());
+  Tally tally;
+  for (std::uint64_t seed = 1; seed <= histories; ++seed) {
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    try {
+      History(seed, Bug::none, tally).all();
+    } catch (const std::exception& error) {
+      FAIL() << error.what();
+    }
+    for (const std::string& words : fake::take_violations()) ADD_FAILURE() << words;
+  }
+  std::cout << tally.schedules << " schedules, " << tally.streamed << " frames streamed, "
+            << tally.aborts << " aborts, " << tally.forks << " forks, " << tally.resizes
+            << " resizes, " << tally.truncations << " truncations, " << tally.switches
+            << " switches of the stream, " << tally.refusals << " refusals\n";
+  EXPECT_GE(tally.schedules, 10'000U);
+  EXPECT_GT(tally.streamed, 10'000U);
+  for (const std::uint64_t count : {tally.aborts, tally.forks, tally.resizes, tally.truncations}) {
+    EXPECT_GT(count, 100U);
+  }
+}
+
+class PlantedBug : public ::testing::TestWithParam<Bug> {};
+
+// In a few histories, by a race if not by what is read.
+TEST_P(PlantedBug, IsSeen) {
+  Tally tally;
+  for (std::uint64_t seed = 1; seed <= 20; ++seed) {
+    try {
+      History(seed, GetParam(), tally).all();
+    } catch (const std::exception&) {
+      static_cast<void>(fake::take_violations());
+      return;
+    }
+    static_cast<void>(fake::take_violations());
+  }
+  ADD_FAILURE() << "nobody noticed in " << tally.schedules << " schedules";
+}
+
+INSTANTIATE_TEST_SUITE_P(InTheBackend, PlantedBug,
+                         ::testing::Values(Bug::no_depend, Bug::no_fences, Bug::no_ticket_deps,
+                                           Bug::wrong_frame));
+
+}  // namespace
+}  // namespace pie
