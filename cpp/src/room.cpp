@@ -151,6 +151,18 @@ bool Scheduler::grow_pool(std::uint32_t frames) {
   return pool.limit() >= frames;
 }
 
+// Where nobody is to wait the pool is asked to grow before it is needed, and looked at again later.
+void Scheduler::grow_ahead() {
+  FramePool& pool = map_.pool();
+  const std::uint64_t step = pool_growth_bytes / capabilities_.frame_stride;
+  const bool writes = plan_.write_behind || plan_.streamed() > 0;
+  if (!capabilities_.streams || !writes || pool.limit() >= pool_frames_) return;
+  if (pool.free() > step / 2) return;
+  const std::uint64_t want = std::min<std::uint64_t>(pool.limit() + step, pool_frames_);
+  const PoolSize size = backend_.resize_pool(static_cast<std::uint32_t>(want));
+  if (size.frames > pool.limit()) pool.set_limit(std::min(size.frames, pool_frames_));
+}
+
 // Asks for `target` usable frames of the pool, and waits until there are `needed` where it is slow.
 std::uint32_t Scheduler::resize_pool(std::uint32_t target, std::uint32_t needed) {
   PoolSize size = backend_.resize_pool(target);

@@ -885,6 +885,7 @@ void Scheduler::look_ahead() {
                  plan_.write_behind ? branch.full : std::min(branch.full, blocks.streamed));
     }
   }
+  grow_ahead();
   drop_unseen();
   land();
   const bool wrapped = cursor_.layer >= geometry_.layers;

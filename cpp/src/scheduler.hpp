@@ -225,6 +225,7 @@ class Scheduler {
   void write_full(Branch& branch, std::uint32_t layer, std::uint32_t limit, bool rescue = false);
   [[nodiscard]] FrameIndex take_pool_frame(LayerBlocks& layer, std::uint32_t needed, bool reclaim);
   [[nodiscard]] bool grow_pool(std::uint32_t frames);
+  void grow_ahead();
   std::uint32_t resize_pool(std::uint32_t target, std::uint32_t needed);
   [[nodiscard]] bool reclaim_pool(std::uint32_t needed);
   void soil(const BlockKey& key);

@@ -114,7 +114,8 @@ class History {
  public:
   History(const Geometry& geometry, const std::string& policy, std::unique_ptr<SimBackend> sim)
       : geometry_(geometry),
-        stamps_(geometry, sim->capabilities().streams ? sim.get() : nullptr),
+        machine_(*sim),
+        stamps_(geometry, sim->capabilities().streams ? &machine_ : nullptr),
         kernel_(stamps_),
         cache_(geometry, policy, std::make_unique<Uncounted>(std::move(sim))) {
     cache_.set_stream(compute_stream);
@@ -215,6 +216,7 @@ class History {
   }
 
   Geometry geometry_;
+  SimMachine machine_;
   StampKernel stamps_;
   UncountedKernel kernel_;
   Cache cache_;
