@@ -120,15 +120,17 @@ std::uint64_t widest_share(const Totals& totals, std::uint64_t frames) {
 
 // The ring that streams `frames` evenly over the layers: one layer in use while the next arrives,
 // copies of the best size where that is more, and never above half of what is not pinned nor what
-// the pool has left, but `least` in any case. It moves in steps of an eighth or less, so that it
-// seldom moves at all.
+// the pool has left, but `least` in any case. On a stream half a layer more, for segments that are
+// not full: without it the last of a layer comes late, since nobody computes what is there already.
+// It moves in steps of an eighth or less, so that it seldom moves at all.
 std::uint64_t ring_for(const Snapshot& snapshot, const Totals& totals, std::uint64_t frames,
                        std::uint64_t free, std::uint64_t left, std::uint64_t least) {
-  const std::uint64_t two_layers = 2 * widest_share(totals, frames);
+  const std::uint64_t share = widest_share(totals, frames);
+  const std::uint64_t layers = 2 * share + (snapshot.streams ? share / 2 : 0);
   const std::uint64_t two_copies =
       std::min<std::uint64_t>(2ULL * snapshot.copy_frames_best, free / 8);
   const std::uint64_t most = std::max<std::uint64_t>(1, std::min(free / 2, left));
-  const std::uint64_t ring = std::clamp<std::uint64_t>(std::max(two_layers, two_copies), 1, most);
+  const std::uint64_t ring = std::clamp<std::uint64_t>(std::max(layers, two_copies), 1, most);
   return std::max(least, ring - ring % std::max<std::uint64_t>(1, std::bit_floor(ring) / 8));
 }
 

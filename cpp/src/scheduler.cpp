@@ -185,6 +185,7 @@ Snapshot Scheduler::snapshot(std::uint32_t device_frames, std::uint32_t pool_fra
   result.growth_frames =
       static_cast<std::uint32_t>(batch_.size() * geometry_.layers / geometry_.block_tokens);
   result.whole_layers = shape_.whole_layers;
+  result.streams = capabilities_.streams;
   result.branches = views;
   return result;
 }

@@ -540,6 +540,70 @@ TEST(Scheduler, ADecodeStepIsStalledWhileItBegins) {
 }
 
 // The model checks after each call that the clock has stood still; this is the plain case of it.
+// Takes as long for a layer as it is told to, on a stream, and reads nothing.
+class PacedKernel final : public LayerKernel {
+ public:
+  PacedKernel(SimBackend& sim, Nanos layer_ns) : sim_(sim), layer_ns_(layer_ns) {}
+  void append(const Append& /*rows*/) override {}
+  void attend(std::uint32_t /*layer*/, std::span<const KvPiece> /*pieces*/) override {
+    sim_.compute({1}, {layer_ns_});
+  }
+
+ private:
+  SimBackend& sim_;
+  Nanos layer_ns_;
+};
+
+// Time of a decode step of many sequences against the time that its computation takes, where what
+// is streamed takes `load` times as long on the link.
+double slowdown(double share, double load) {
+  constexpr std::uint32_t sequences = 64;
+  constexpr std::uint32_t layers = 8;
+  const Geometry geometry{layers, 8, 128, 64, DType::bf16};
+  SimOptions options;
+  options.device_frames = sequences * layers * 18;
+  options.pool_frames = sequences * layers * 18;
+  options.frame_bytes = geometry.frame_bytes();
+  options.copy_bytes_best = Bytes{2} << 20;
+  options.streams = true;
+  options.carry_bytes = false;
+  options.load.bytes_per_s = options.write.bytes_per_s = 55e9;
+  const double layer_bytes = share * sequences * 16 * static_cast<double>(options.frame_bytes);
+  const auto layer_ns = static_cast<Nanos>(layer_bytes / 55 / load);
+  auto owned = open_sim(options);
+  SimBackend& sim = *owned;
+  Cache cache(geometry, "fixed:" + std::to_string(share), std::move(owned));
+  cache.set_stream({1});
+  PacedKernel kernel(sim, layer_ns);
+  const auto step = [&](std::span<const StepEntry> batch) {
+    cache.begin(batch, Reader::kernel);
+    for (std::uint32_t layer = 0; layer < layers; ++layer) cache.run(layer, kernel);
+    cache.finish();
+  };
+  std::vector<StepEntry> batch;
+  for (std::uint32_t i = 0; i < sequences; ++i) {
+    const StepEntry prompt{cache.add(), 1024};
+    step({&prompt, 1});
+    sim.synchronize({1});
+    batch.push_back({prompt.sequence, 1});
+  }
+  for (int i = 0; i < 4; ++i) step(batch);
+  sim.synchronize({1});
+  const Nanos began = sim.now();
+  for (int i = 0; i < 10; ++i) step(batch);
+  sim.synchronize({1});
+  return static_cast<double>(sim.now() - began) / static_cast<double>(10 * layers * layer_ns);
+}
+
+TEST(Scheduler, OnAStreamWhatTheLinkCanBringCostsNothing) {
+  for (const double share : {0.02, 0.03, 0.05, 0.07, 0.11, 0.125, 0.2, 0.5}) {
+    SCOPED_TRACE("share " + std::to_string(share));
+    EXPECT_LE(slowdown(share, 0.5), 1.03);
+    EXPECT_LE(slowdown(share, 0.75), 1.07);
+    EXPECT_GT(slowdown(share, 2), 1.9);
+  }
+}
+
 TEST(Scheduler, OnAStreamTheHostWaitsForNothing) {
   Geometry geometry = small_geometry(4);
   geometry.windows = {0, 40, 0, 40};

@@ -37,6 +37,7 @@ struct Snapshot {
   std::uint32_t copy_frames_best = 1;  // copies of this many frames reach the link's rate
   std::uint32_t growth_frames = 0;     // that a step of a token a sequence fills on average
   bool whole_layers = false;           // all blocks of a layer are to be on the device at once
+  bool streams = false;                // compute runs on a stream
   std::span<const BranchView> branches;
 };
 
