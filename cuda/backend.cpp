@@ -160,8 +160,7 @@ Cuda::Cuda(const CudaOptions& options, Bytes stride)
 void Cuda::take_memory(const CudaOptions& options) {
   device_opened_ = frames_in(options.device_bytes, stride_);
   const Bytes wanted = Bytes{device_opened_} * stride_;
-  const Bytes free = arena_->device.free_bytes();
-  const Bytes total = arena_->device.total_bytes();
+  const auto [free, total] = arena_->device.room();
   arena_->memory = std::make_unique<DeviceMemory>(arena_->device, std::max(total, wanted));
   device_most_ = std::max(device_opened_, frames_in(total, stride_));
   if (wanted > free || arena_->memory->resize(wanted) < wanted) {

@@ -50,20 +50,12 @@ int Device::attribute(CUdevice_attribute which) const {
   return driver_.device_attribute(&value, which, handle_) == CUDA_SUCCESS ? value : 0;
 }
 
-Bytes Device::free_bytes() const {
+Device::Room Device::room() const {
   const Current current(driver_, context_);
   std::size_t free = 0;
   std::size_t total = 0;
   driver_.require(driver_.memory_info(&free, &total), "asking for free memory");
-  return free;
-}
-
-Bytes Device::total_bytes() const {
-  const Current current(driver_, context_);
-  std::size_t free = 0;
-  std::size_t total = 0;
-  driver_.require(driver_.memory_info(&free, &total), "asking for free memory");
-  return total;
+  return {free, total};
 }
 
 // ---- its memory ---------------------------------------------------------------------------------

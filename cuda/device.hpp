@@ -26,9 +26,12 @@ class Device {
   [[nodiscard]] int number() const { return number_; }
   [[nodiscard]] int attribute(CUdevice_attribute which) const;
 
-  // Bytes of its memory: free now, and in all.
-  [[nodiscard]] Bytes free_bytes() const;
-  [[nodiscard]] Bytes total_bytes() const;
+  // Bytes of its memory.
+  struct Room {
+    Bytes free = 0;
+    Bytes total = 0;
+  };
+  [[nodiscard]] Room room() const;
 
  private:
   Driver driver_;

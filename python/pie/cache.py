@@ -444,6 +444,8 @@ class TieredKVCache:
         device memory when the last of them goes.
         """
         self._frames = None
+        if self._gpu is not None:
+            self._gpu.close()
         self._core.close()
 
     def __enter__(self) -> TieredKVCache:

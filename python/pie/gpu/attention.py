@@ -95,9 +95,17 @@ class GpuLayers:
         self._layer = layer
         self._rows = rows
         try:
-            self._core.run(layer.number, self)
+            with self._runtime.active():
+                self._core.run(layer.number, self)
         finally:
             self._layer = None
+
+    def close(self) -> None:
+        """Lets go of all that lies on the device."""
+        self.frames = self._tables = self._step_rows = self._firsts = None
+        self._layer_tables = ()
+        self._plans.clear()
+        self._scratch.clear()
 
     def unwanted_lse(self, rows: int, heads: int) -> torch.Tensor:
         """A place for what nobody asked for."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -63,11 +64,22 @@ class Runtime:
             return from_dlpack(core.frames())
 
     def stage(self, data: bytes) -> torch.Tensor:
-        """int32 in pinned CPU memory that a kernel of the caller's stream reads once, soon."""
+        """int32 that a kernel, which is launched next, reads once: in pinned CPU memory, or where
+        it is much, on the device by a copy.
+        """
         with torch.inference_mode(False):
+            if len(data) > 4 * _STAGED:
+                whole = torch.frombuffer(bytearray(data), dtype=torch.int32).pin_memory()
+                return whole.to(self.device, non_blocking=True)
             if self._staging is None:
                 self._staging = _Staging()
             return self._staging.take(data)
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Makes this the device that kernels are launched on."""
+        if torch.cuda.current_device() == self.device.index:
+            return nullcontext()
+        return torch.cuda.device(self.device)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A new tensor on the device, of any content."""
@@ -114,24 +126,21 @@ class _Staging:
     def __init__(self) -> None:
         self._tensor = torch.empty(2 * _STAGED, dtype=torch.int32, pin_memory=True)
         self._memory = memoryview(self._tensor.numpy().data).cast("B")
-        self._next = 0
+        self._half = 0
+        self._used = 0  # of the half
         self._left: list[torch.cuda.Event | None] = [None, None]  # by half: when it was left
 
     def take(self, data: bytes) -> torch.Tensor:
-        count = -(-len(data) // 16) * 4
-        if count > _STAGED:
-            whole = torch.frombuffer(bytearray(data), dtype=torch.int32)
-            return whole.pin_memory()
-        half = self._next // _STAGED
-        if self._next + count > (half + 1) * _STAGED:
-            self._left[half] = torch.cuda.current_stream().record_event()
-            half = 1 - half
-            left = self._left[half]
+        """Data, at most _STAGED numbers, for a kernel that is launched before the next call."""
+        count = -(-len(data) // 16) * 4  # so that each begins on 16 bytes
+        if self._used + count > _STAGED:
+            self._left[self._half] = torch.cuda.current_stream().record_event()
+            self._half, self._used = 1 - self._half, 0
+            left = self._left[self._half]
             if left is not None:
                 left.synchronize()
-            self._next = half * _STAGED
-        begin = self._next
-        self._next += count
+        begin = self._half * _STAGED + self._used
+        self._used += count
         self._memory[4 * begin : 4 * begin + len(data)] = data
         return self._tensor[begin : begin + len(data) // 4]
 
