@@ -207,6 +207,94 @@ def test_copies_of_tables_are_what_the_tables_are() -> None:
             cache.check()
 
 
+def test_kv_is_read_once_for_a_group_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted from the addresses that the interpreted kernel loads from."""
+    from triton.runtime import interpreter
+
+    kv_heads, heads, dim, tokens = 2, 8, 64, 200
+    frame = frame_bytes("cuda", kv_heads, dim, torch.float16, 16)
+    with pie.TieredKVCache(
+        1, kv_heads, dim, torch.float16, "cuda", device_bytes=frame * 20, pool_bytes=0,
+        block_tokens=16,
+    ) as cache:  # fmt: skip
+        sequence = cache.add()
+        k = torch.randn(tokens, kv_heads, dim).half()
+        with cache.step([(sequence, tokens)]):
+            cache._run(0, k, k, None, None)
+        frames = cache.frames
+        begin, end = frames.data_ptr(), frames.data_ptr() + frames.shape[0] * frame
+        read = 0
+        load = interpreter.InterpreterBuilder.create_masked_load
+
+        def counted(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+            nonlocal read
+            there = (pointers.data >= begin) & (pointers.data < end) & mask.data
+            read += int(there.sum()) * torch.float16.itemsize
+            return load(self, pointers, mask, *rest)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", counted)
+        q = torch.randn(1, heads, dim).half()
+        with cache.step([(sequence, 1)]):
+            cache.attend(0, q, k[:1], k[:1])
+    assert read == 2 * (tokens + 1) * kv_heads * dim * torch.float16.itemsize
+
+
+class LaunchesNothing(gpu_double.Double):
+    """For what is asked of the driver: kernels take no time and do nothing."""
+
+    def launch(self, *_: Any, **__: Any) -> None:
+        self.launches += 1
+
+
+@pytest.mark.parametrize(("policy", "copies", "records"), [("off", 0, 0), ("fixed:0.5", 2, 6)])
+def test_calls_of_the_driver_a_layer(
+    double: Any, monkeypatch: pytest.MonkeyPatch, policy: str, copies: int, records: int
+) -> None:
+    monkeypatch.setattr(runtime, "make", LaunchesNothing)
+    layers, sequences, tokens, steps = 8, 64, 242, 10  # so that no block fills
+    frame = frame_bytes("cuda", 1, 8, torch.float16, 16)
+    room = frame * layers * sequences * (tokens // 16 + 3)
+    with pie.TieredKVCache(
+        layers, 1, 8, torch.float16, "cuda", device_bytes=room, pool_bytes=room, block_tokens=16,
+        policy=policy,
+    ) as cache:  # fmt: skip
+        batch = [(cache.add(), 1) for _ in range(sequences)]
+        k = torch.zeros(tokens, 1, 8).half()
+        for sequence, _ in batch:
+            with cache.step([(sequence, tokens)]):
+                for layer in range(layers):
+                    cache._run(layer, k, k, None, None)
+        row = torch.zeros(sequences, 1, 8).half()
+
+        def step() -> None:
+            with cache.step(batch):
+                for layer in range(layers):
+                    cache.attend(layer, row, row, row)
+
+        step()
+        assert cache._runtime is not None
+        before, launches = calls(double), cache._runtime.launches
+        for _ in range(steps):
+            step()
+        made = {name: count - before.get(name, 0) for name, count in calls(double).items()}
+        made = {name: count / steps / layers for name, count in made.items() if count}
+        launched = (cache._runtime.launches - launches) / steps / layers
+    moved = made.get("cuMemcpyAsync", 0) + made.get("cuMemcpyBatchAsync", 0)
+    assert moved <= copies, made
+    assert made.get("cuEventRecord", 0) <= records, made
+    assert not [name for name in made if name.endswith("Synchronize")]
+    if policy == "off":
+        assert not made
+        assert launched < 2.5  # the append, the attention, and what a step is told by
+
+
+def calls(double: Any) -> dict[str, int]:
+    text = ctypes.create_string_buffer(4096)
+    double.fake_counts(text, 4096)
+    pairs = (pair.split("=") for pair in text.value.decode().split(";") if pair)
+    return {name: int(count) for name, count in pairs}
+
+
 def tiny_model(attention: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
