@@ -872,19 +872,16 @@ void Scheduler::finish() {
 }
 
 void Scheduler::look_ahead() {
-  const std::uint32_t size = geometry_.block_tokens;
   const std::vector<Growth> grown = close_batch();  // what is thrown from here on finds no step
-  for (const Growth& growth : grown) {
-    Branch& branch = *growth.branch;
-    const std::uint32_t tokens_before = growth.sequence->tokens - growth.new_tokens;
-    const std::uint32_t before = tokens_before / size - branch.first;
-    if (branch.full == before) continue;
-    for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
-      LayerBlocks& blocks = branch.layers[layer];
-      blocks.written = std::min(blocks.written, before);
-      write_full(branch, layer,
-                 plan_.write_behind ? branch.full : std::min(branch.full, blocks.streamed));
+  for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
+    transfers_.hold_writes();
+    try {
+      for (const Growth& growth : grown) write_grown(growth, layer);
+    } catch (...) {
+      transfers_.drop_writes();
+      throw;
     }
+    transfers_.submit_writes();
   }
   grow_ahead();
   drop_unseen();
@@ -900,6 +897,18 @@ void Scheduler::look_ahead() {
     ring_.drop_asked();
     throw;
   }
+}
+
+// Writes the blocks of a layer that the step has filled, as far as the plan wants.
+void Scheduler::write_grown(const Growth& growth, std::uint32_t layer) {
+  Branch& branch = *growth.branch;
+  const std::uint32_t tokens_before = growth.sequence->tokens - growth.new_tokens;
+  const std::uint32_t before = tokens_before / geometry_.block_tokens - branch.first;
+  if (branch.full == before) return;
+  LayerBlocks& blocks = branch.layers[layer];
+  blocks.written = std::min(blocks.written, before);
+  write_full(branch, layer,
+             plan_.write_behind ? branch.full : std::min(branch.full, blocks.streamed));
 }
 
 void Scheduler::abort() {

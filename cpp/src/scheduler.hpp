@@ -222,6 +222,7 @@ class Scheduler {
   [[nodiscard]] bool evict_any();
   [[nodiscard]] bool write_any();
 
+  void write_grown(const Growth& growth, std::uint32_t layer);
   void write_full(Branch& branch, std::uint32_t layer, std::uint32_t limit, bool rescue = false);
   [[nodiscard]] FrameIndex take_pool_frame(LayerBlocks& layer, std::uint32_t needed, bool reclaim);
   [[nodiscard]] bool grow_pool(std::uint32_t frames);

@@ -20,16 +20,14 @@ std::uint64_t key_of(Ticket ticket) {
   return ticket.id * lane_count + static_cast<std::uint64_t>(ticket.lane);
 }
 
-std::vector<Copy> copies_of(const std::vector<Block>& blocks, std::uint32_t first,
-                            std::uint32_t count, Lane lane) {
-  std::vector<Copy> copies;
+void add_copies(const std::vector<Block>& blocks, std::uint32_t first, std::uint32_t count,
+                Lane lane, std::vector<Copy>& copies) {
   for (std::uint32_t i = first; i < first + count; ++i) {
     Place from{Tier::pool, blocks[i].pool};
     Place to{Tier::device, blocks[i].device};
     if (lane == Lane::device_to_pool) std::swap(from, to);
     add_copy({from, to, 1}, copies);
   }
-  return copies;
 }
 
 }  // namespace
@@ -92,18 +90,14 @@ void Transfers::add_guards(FrameIndex device, std::vector<Dep>& after) const {
   add(guards_[device].departure, after);
 }
 
-// What must have passed before a copy: whoever reads its targets or fills its sources, and the
-// copies before it that use any of the frames.
-std::vector<Dep> Transfers::deps_of(const Transfer& transfer) {
+// What must have passed before a copy: the copies before it that use any of the frames.
+void Transfers::add_deps(const Transfer& transfer, std::vector<Dep>& deps) const {
   const std::vector<Block>& blocks = transfer.branch->layers[transfer.layer].blocks;
-  std::vector<Dep> deps;
   for (std::uint32_t i = 0; i < transfer.count; ++i) {
     const Block& block = blocks[transfer.first_block + i];
     if (streams_) add_guards(block.device, deps);
     add_pool_guards(block.pool, deps);
   }
-  deps.push_back({fence(), {}});
-  return deps;
 }
 
 void Transfers::note_guards(const Transfer& transfer, Ticket ticket) {
@@ -162,28 +156,35 @@ void Transfers::before_write(FrameIndex device) {
 
 // ---- copies -------------------------------------------------------------------------------------
 
-void Transfers::submit(const Transfer& transfer) {
-  const std::vector<Block>& blocks = transfer.branch->layers[transfer.layer].blocks;
-  const std::vector<Copy> copies =
-      copies_of(blocks, transfer.first_block, transfer.count, transfer.lane);
-  const std::vector<Dep> deps = deps_of(transfer);
-  // Made first: what was submitted must not be forgotten.
-  decltype(in_flight_) one;
-  auto node = one.extract(one.emplace(0, transfer).first);
-  in_flight_.reserve(in_flight_.size() + 1);
+// One ticket, after whoever reads its targets or fills its sources. Several transfers only on a
+// stream, where nobody asks what a ticket moved once it is submitted.
+void Transfers::submit(std::span<const Transfer> group) {
+  std::vector<Copy> copies;
+  std::vector<Dep> deps;
   decltype(pool_guards_) guards;
-  for (std::uint32_t i = 0; streams_ && i < transfer.count; ++i) {
-    guards.emplace(blocks[transfer.first_block + i].pool, Ticket{});
+  for (const Transfer& transfer : group) {
+    const std::vector<Block>& blocks = transfer.branch->layers[transfer.layer].blocks;
+    add_copies(blocks, transfer.first_block, transfer.count, transfer.lane, copies);
+    add_deps(transfer, deps);
+    for (std::uint32_t i = 0; streams_ && i < transfer.count; ++i) {
+      guards.emplace(blocks[transfer.first_block + i].pool, Ticket{});
+    }
   }
+  deps.push_back({fence(), {}});
+  // Made first: what was submitted must not be forgotten.
+  const Transfer& first = group.front();
+  decltype(in_flight_) one;
+  auto node = one.extract(one.emplace(0, first).first);
+  in_flight_.reserve(in_flight_.size() + 1);
   pool_guards_.reserve(pool_guards_.size() + guards.size());
   const Ticket ticket = backend_.submit(copies, deps);
   node.key() = key_of(ticket);
   in_flight_.insert(std::move(node));
-  loads_in_flight_ += transfer.lane == Lane::pool_to_device ? 1 : 0;
+  loads_in_flight_ += first.lane == Lane::pool_to_device ? 1 : 0;
   if (!streams_) return;
   for (auto& [pool, guard] : guards) guard = ticket;
   pool_guards_.merge(guards);
-  note_guards(transfer, ticket);
+  for (const Transfer& transfer : group) note_guards(transfer, ticket);
 }
 
 // Where nothing is being written, no copy in the pool is one to wait for.
@@ -224,14 +225,41 @@ void Transfers::write(Branch& branch, std::uint32_t layer, std::uint32_t first_b
     map_.begin_write({&branch, layer, first_block + i}, pool_frames[i]);
   }
   ++started_writes_;
-  start({{Lane::device_to_pool, &branch, layer, first_block, count}, optional});
+  const Transfer transfer{{Lane::device_to_pool, &branch, layer, first_block, count}, optional};
+  if (!holding_) return start(transfer);
+  try {
+    held_.push_back(transfer);
+  } catch (...) {
+    put_back(transfer);
+    throw;
+  }
+}
+
+void Transfers::submit_writes() {
+  holding_ = false;
+  if (held_.empty()) return;
+  try {
+    landing_.reserve(landing_.size() + held_.size());
+    submit(held_);
+  } catch (...) {
+    drop_writes();
+    throw;
+  }
+  for (const Transfer& transfer : held_) commit(transfer);
+  held_.clear();
+}
+
+void Transfers::drop_writes() {
+  holding_ = false;
+  for (const Transfer& transfer : held_) put_back(transfer);
+  held_.clear();
 }
 
 // Where the backend throws, the blocks are as they were.
 void Transfers::start(const Transfer& transfer) {
   try {
     landing_.reserve(landing_.size() + 1);
-    submit(transfer);
+    submit({&transfer, 1});
   } catch (...) {
     put_back(transfer);
     throw;

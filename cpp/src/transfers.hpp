@@ -50,6 +50,12 @@ class Transfers {
   void write(Branch& branch, std::uint32_t layer, std::uint32_t first_block,
              const std::vector<FrameIndex>& pool_frames, bool optional);
 
+  // On a stream: what is written from here on is one ticket, which `submit_writes` submits and
+  // `drop_writes` takes back. Between them those blocks are neither clean nor dirty.
+  void hold_writes() { holding_ = streams_; }
+  void submit_writes();
+  void drop_writes();
+
   // Copies from the pool into frames that no block owns, `after` what is told and the writes of
   // what is copied. Its end is told by `fetched`.
   [[nodiscard]] Ticket fetch(std::span<const Copy> copies, std::vector<Dep>& after);
@@ -140,13 +146,13 @@ class Transfers {
 
   [[nodiscard]] bool under_way(Ticket ticket) const;
   void add(Ticket ticket, std::vector<Dep>& deps) const;
-  [[nodiscard]] std::vector<Dep> deps_of(const Transfer& transfer);
+  void add_deps(const Transfer& transfer, std::vector<Dep>& deps) const;
   void note_guards(const Transfer& transfer, Ticket ticket);
   void add_pool_guards(FrameIndex pool, std::vector<Dep>& after) const;
   void prune_guards();
   void order(Ticket& ticket);
   void start(const Transfer& transfer);
-  void submit(const Transfer& transfer);
+  void submit(std::span<const Transfer> group);
   void end(const Completion& completion);
   void pass(const Completion& completion);
   void commit(const Transfer& transfer);
@@ -158,6 +164,8 @@ class Transfers {
   BlockMap& map_;
   std::unordered_map<std::uint64_t, Transfer> in_flight_;  // by ticket: its id and its lane
   const bool streams_;
+  std::vector<Transfer> held_;  // writes of the next ticket
+  bool holding_ = false;
   std::vector<Fetch> fetching_;      // a handful
   std::vector<Completion> fetched_;  // those that have ended, until they are taken
   std::vector<Guard> guards_;        // by device frame; for streams
@@ -170,7 +178,7 @@ class Transfers {
   std::uint32_t loads_in_flight_ = 0;  // tickets
   std::uint64_t loaded_frames_ = 0;
   std::uint64_t written_frames_ = 0;
-  std::uint64_t started_writes_ = 0;  // tickets
+  std::uint64_t started_writes_ = 0;
   std::uint64_t retries_ = 0;
   std::uint64_t given_up_ = 0;       // transfers that failed each time they were tried,
   std::uint64_t failed_writes_ = 0;  // and those of them that were optional
