@@ -489,8 +489,14 @@ void fail_call(std::uint64_t number, CUresult result) {
   machine().failure = result;
 }
 
-std::uint64_t calls() { return machine().calls; }
-std::map<std::string, std::uint64_t> calls_by_name() { return machine().by_name; }
+std::uint64_t calls() {
+  const std::scoped_lock lock(machine().mutex);
+  return machine().calls;
+}
+std::map<std::string, std::uint64_t> calls_by_name() {
+  const std::scoped_lock lock(machine().mutex);
+  return machine().by_name;
+}
 std::vector<std::string> take_violations() {
   const std::scoped_lock lock(machine().mutex);
   return std::exchange(machine().violations, {});
@@ -509,7 +515,10 @@ void launch(CUstream stream, std::span<const Range> ranges, std::function<void()
   machine().enqueue(machine().stream(stream), std::move(operation), ranges);
 }
 
-std::byte* reach(CUdeviceptr address) { return machine().reach(address); }
+std::byte* reach(CUdeviceptr address) {
+  const std::scoped_lock lock(machine().mutex);
+  return machine().reach(address);
+}
 
 }  // namespace fake
 
