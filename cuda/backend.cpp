@@ -71,9 +71,7 @@ class Cuda final : public Backend {
   [[nodiscard]] Capabilities capabilities() const override;
   [[nodiscard]] Nanos now() const override;
   std::uint32_t resize_device(std::uint32_t frames) override;
-  PoolSize resize_pool(std::uint32_t frames) override {
-    return pool_.resize(check_idle_pool(frames));
-  }
+  PoolSize resize_pool(std::uint32_t frames) override;
   [[nodiscard]] std::string pool_refusal() const override { return pool_.refusal(); }
   Ticket submit(std::span<const Copy> copies, std::span<const Dep> after) override;
   std::size_t poll(std::span<Completion> out) override;
@@ -94,7 +92,6 @@ class Cuda final : public Backend {
   void take_memory(const CudaOptions& options);
   void close();
   void anchor();
-  [[nodiscard]] std::uint32_t check_idle_pool(std::uint32_t frames);
 
   void order(CUstream stream, const Dep& dep);
   void enqueue(Tickets::Entry& entry);
@@ -254,15 +251,14 @@ std::uint32_t Cuda::resize_device(std::uint32_t frames) {
   return device_usable_;
 }
 
-// The frames asked for, once no copy uses one that would go.
-std::uint32_t Cuda::check_idle_pool(std::uint32_t frames) {
+PoolSize Cuda::resize_pool(std::uint32_t frames) {
   if (frames < pool_.usable()) {
     const Current mine = current();
     reap();
     require(!tickets_.reaches(Tier::pool, frames),
             "resize_pool: a copy uses a frame that would go.");
   }
-  return frames;
+  return pool_.resize(frames);
 }
 
 std::byte* Cuda::address(FrameIndex device_frame) const {

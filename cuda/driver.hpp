@@ -55,7 +55,6 @@ inline constexpr bool knows_batches = false;
   CALL(stream_destroy, PFN_cuStreamDestroy_v4000, "cuStreamDestroy_v2")                        \
   CALL(stream_synchronize, PFN_cuStreamSynchronize_v2000, "cuStreamSynchronize")               \
   CALL(stream_wait, PFN_cuStreamWaitEvent_v3020, "cuStreamWaitEvent")                          \
-  CALL(stream_context, PFN_cuStreamGetCtx_v9020, "cuStreamGetCtx")                             \
   CALL(event_create, PFN_cuEventCreate_v2000, "cuEventCreate")                                 \
   CALL(event_destroy, PFN_cuEventDestroy_v4000, "cuEventDestroy_v2")                           \
   CALL(event_record, PFN_cuEventRecord_v2000, "cuEventRecord")                                 \

@@ -405,6 +405,10 @@ class TieredKVCache:
         gathered: torch.Tensor | None,
     ) -> None:
         assert self._gpu is not None
+        if queries is not None or gathered is not None:
+            reader = "attend" if gathered is None else "gather"
+            if reader != self._reader:
+                raise LogicError(f"{reader}: the step was opened for the other reader.")
         window = self._windows[layer] if self._windows else 0
         self._gpu.run(Layer(layer, window, k, v, queries, gathered), k.shape[0])
 

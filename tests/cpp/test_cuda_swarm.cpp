@@ -141,10 +141,10 @@ class History {
       : random_(seed), tally_(tally), geometry_(draw_geometry()) {
     const Bytes stride = geometry_.frame_bytes();
     const std::uint32_t layers = geometry_.layers;
-    frames_ = layers + 2 + (one_in(6) ? 0 : pick(layers * 20));
+    const std::uint32_t frames = layers + 2 + (one_in(6) ? 0 : pick(layers * 20));
     fake::set_order(fake::Order::random, seed);
     auto watched = std::make_unique<Watched>(open_cuda({.frame_bytes = stride,
-                                                        .device_bytes = frames_ * stride,
+                                                        .device_bytes = frames * stride,
                                                         .pool_bytes = (300 + pick(600)) * stride,
                                                         .driver = testing::driver_name()}),
                                              bug);
@@ -253,7 +253,6 @@ class History {
   std::mt19937_64 random_;
   Tally& tally_;
   Geometry geometry_;
-  std::uint32_t frames_ = 0;
   std::unique_ptr<Model> model_;
 };
 

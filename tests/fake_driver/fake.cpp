@@ -731,11 +731,6 @@ CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned) {
   return CUDA_SUCCESS;
 }
 
-CUresult cuStreamGetCtx(CUstream, CUcontext* context) {
-  *context = fake::pointer_to<CUctx_st>(1);
-  return CUDA_SUCCESS;
-}
-
 CUresult cuEventCreate(CUevent* event, unsigned flags) {
   FAKE_CALL("cuEventCreate");
   ++machine().events;

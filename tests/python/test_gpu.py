@@ -444,6 +444,15 @@ def test_pages_are_not_there_yet() -> None:
         cache.step([(cache.add(), 1)], reader="pages")
 
 
+@pytest.mark.parametrize("reader", ["attend", "gather"])
+def test_a_step_has_one_reader(reader: Any) -> None:
+    row = torch.zeros(1, 1, 16)
+    with small() as cache:
+        step = cache.step([(cache.add(), 1)], reader=reader)
+        with pytest.raises(LogicError, match="opened for the other reader"), step:
+            cache.gather(0, row, row) if reader == "attend" else cache.attend(0, row, row, row)
+
+
 def test_one_stream_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     with small() as cache:
         row = torch.zeros(1, 1, 16)
