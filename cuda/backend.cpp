@@ -133,7 +133,7 @@ Cuda::Cuda(const CudaOptions& options, Bytes stride)
     : driver_(options.driver),
       stride_(stride),
       arena_(std::make_shared<Arena>(driver_, options.device)),
-      pool_(arena_->device, stride_, frames_in(options.pool_bytes, stride_)),
+      pool_(arena_->device, stride_, frames_in(options.pool_bytes, stride_), options.pool_io),
       pool_frames_(frames_in(options.pool_bytes, stride_)),
       events_(driver_) {
   if (options.pool_bytes > 0 && arena_->device.attribute(CU_DEVICE_ATTRIBUTE_INTEGRATED) != 0) {
@@ -198,10 +198,8 @@ Capabilities Cuda::capabilities() const {
   result.frame_stride = stride_;
   result.copy_bytes_best = copy_bytes_best;
   result.streams = true;
-  result.pool_io = pool_frames_ == 0                 ? "none"
-                   : pool_.unpinned_reason().empty() ? "pinned"
-                                                     : "pageable";
-  result.pool_io_reason = pool_.unpinned_reason();
+  result.pool_io = pool_frames_ == 0 ? "none" : pool_.name();
+  result.pool_io_reason = pool_.reason();
   return result;
 }
 

@@ -1,13 +1,18 @@
-// Reserving, pinning and giving back.
+// Reserving, pinning or taking, and giving back.
 #include "cpu_memory.hpp"
 
+#include <linux/mempolicy.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
+#include <climits>
 #include <cstring>
 #include <numeric>
+#include <utility>
 
 #include "pie/error.hpp"
 
@@ -21,10 +26,38 @@ Bytes page_bytes() { return static_cast<Bytes>(::sysconf(_SC_PAGESIZE)); }
 
 Bytes rounded_up(Bytes bytes, Bytes unit) { return (bytes + unit - 1) / unit * unit; }
 
+// The node of CPU memory next to a GPU; negative where it is not known.
+int node_of(const Device& device) {
+#if CUDA_VERSION >= 12020
+  constexpr int asked_since = 12020;
+  if (device.driver().version < asked_since) return -1;
+  return device.attribute(CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID);
+#else
+  static_cast<void>(device);
+  return -1;
+#endif
+}
+
+// Takes pages from the system by a call where the kernel has it (5.14), else by reading and writing
+// a byte of each.
+bool populate(std::byte* start, Bytes bytes) {
+#ifdef MADV_POPULATE_WRITE
+  if (::madvise(start, bytes, MADV_POPULATE_WRITE) == 0) return true;
+  if (errno != EINVAL) return false;
+#endif
+  for (Bytes at = 0; at < bytes; at += page_bytes()) {
+    auto* byte = reinterpret_cast<volatile unsigned char*>(start + at);
+    *byte = *byte;
+  }
+  return true;
+}
+
 }  // namespace
 
-CpuMemory::CpuMemory(const Device& device, Bytes stride, std::uint32_t frames_max)
+CpuMemory::CpuMemory(const Device& device, Bytes stride, std::uint32_t frames_max,
+                     const std::string& kind)
     : device_(device), stride_(stride), frames_max_(frames_max) {
+  choose(kind);
   // Whole frames and whole pages.
   const Bytes step = std::lcm(stride, page_bytes());
   const Bytes chunk =
@@ -42,7 +75,8 @@ CpuMemory::CpuMemory(const Device& device, Bytes stride, std::uint32_t frames_ma
   start_ = static_cast<std::byte*>(start);
   ::madvise(start_, reserved_, MADV_HUGEPAGE);
   ::madvise(start_, reserved_, MADV_DONTFORK);  // a child's writes would move the pages away
-  try_pinning();
+  if (kind_ == CpuMemoryKind::pinned) try_pinning();
+  if (kind_ == CpuMemoryKind::coherent) bind();
 }
 
 CpuMemory::~CpuMemory() {
@@ -53,8 +87,61 @@ CpuMemory::~CpuMemory() {
   }
   changed_.notify_all();
   if (thread_.joinable()) thread_.join();
-  unpin(0);
+  give_back(0);
   ::munmap(start_, reserved_);
+}
+
+const char* CpuMemory::name() const {
+  switch (kind_) {
+    case CpuMemoryKind::pinned:
+      return "pinned";
+    case CpuMemoryKind::coherent:
+      return "coherent";
+    case CpuMemoryKind::pageable:
+      break;
+  }
+  return "pageable";
+}
+
+void CpuMemory::choose(const std::string& kind) {
+  const bool coherent =
+      device_.attribute(CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES) != 0;
+  if (kind == "auto") {
+    kind_ = coherent ? CpuMemoryKind::coherent : CpuMemoryKind::pinned;
+  } else if (kind == "pinned") {
+    kind_ = CpuMemoryKind::pinned;
+  } else if (kind == "coherent" && coherent) {
+    kind_ = CpuMemoryKind::coherent;
+  } else if (kind == "coherent") {
+    throw ConfigError("pool_io is 'coherent': " + device_.name() +
+                      " does not share the CPU's page tables, as a GH200 does; use 'pinned' or "
+                      "'auto'.");
+  } else if (kind == "pageable") {
+    kind_ = CpuMemoryKind::pageable;
+    reason_ = "pool_io is 'pageable'";
+  } else {
+    throw ConfigError("pool_io is '" + kind +
+                      "': behind a GPU use 'auto', 'pinned', 'coherent' or 'pageable'.");
+  }
+}
+
+// Away from the CPU that the GPU is joined to, the link would be slower; and where GPU memory is a
+// node as well, pages could come to lie there.
+void CpuMemory::bind() {
+  constexpr std::size_t word_bits = sizeof(unsigned long) * CHAR_BIT;
+  std::array<unsigned long, 16> nodes{};
+  const int node = node_of(device_);
+  if (node < 0 || static_cast<std::size_t>(node) >= nodes.size() * word_bits) {
+    reason_ = "the driver does not say which CPU memory is next to the GPU";
+    return;
+  }
+  const auto number = static_cast<std::size_t>(node);
+  nodes[number / word_bits] = 1UL << number % word_bits;
+  const unsigned long bits = nodes.size() * word_bits + 1;
+  if (::syscall(SYS_mbind, start_, reserved_, MPOL_BIND, nodes.data(), bits, 0) != 0) {
+    reason_ = "memory cannot be bound to the CPU next to the GPU, NUMA node " +
+              std::to_string(node) + " (" + std::strerror(errno) + ")";
+  }
 }
 
 // A page is enough to know whether the system lets this process pin memory at all.
@@ -65,7 +152,8 @@ void CpuMemory::try_pinning() {
   if (result == CUDA_SUCCESS) {
     driver.host_unregister(start_);
   } else {
-    unpinned_reason_ = "the driver does not pin this process's memory: " + driver.text(result);
+    kind_ = CpuMemoryKind::pageable;
+    reason_ = "the driver does not pin this process's memory: " + driver.text(result);
   }
 }
 
@@ -82,9 +170,9 @@ std::uint32_t CpuMemory::chunks_of(std::uint32_t frames) const {
   return frames / chunk_frames_ + (frames % chunk_frames_ == 0 ? 0 : 1);
 }
 
-std::uint32_t CpuMemory::pinned_frames() const {
+std::uint32_t CpuMemory::ready_frames() const {
   return static_cast<std::uint32_t>(
-      std::min<std::uint64_t>(std::uint64_t{pinned_} * chunk_frames_, frames_max_));
+      std::min<std::uint64_t>(std::uint64_t{ready_} * chunk_frames_, frames_max_));
 }
 
 PoolSize CpuMemory::resize(std::uint32_t frames) {
@@ -92,24 +180,24 @@ PoolSize CpuMemory::resize(std::uint32_t frames) {
   if (frames > asked_) refusal_.clear();
   asked_ = std::min(frames, frames_max_);
   wanted_ = chunks_of(asked_);
-  if (!unpinned_reason_.empty()) {
-    pinned_ = wanted_;  // by name only
+  if (kind_ == CpuMemoryKind::pageable) {
+    ready_ = wanted_;  // by name only
     if (asked_ < usable_) {
       const Bytes keep = rounded_up(Bytes{asked_} * stride_, page_bytes());
       ::madvise(start_ + keep, reserved_ - keep, MADV_DONTNEED);
     }
-  } else if (pinned_ > wanted_ || pinning_) {
-    changed_.wait(lock, [&] { return !pinning_ || pinned_ < wanted_; });
-    unpin(wanted_);
+  } else if (ready_ > wanted_ || preparing_) {
+    changed_.wait(lock, [&] { return !preparing_ || ready_ < wanted_; });
+    give_back(wanted_);
   }
   if (wants_more()) {
-    if (!thread_.joinable()) thread_ = std::thread([this] { pin(); });
+    if (!thread_.joinable()) thread_ = std::thread([this] { make_ready(); });
     changed_.notify_all();
   }
   if (frames > frames_max_ && refusal_.empty()) {
     refusal_ = "the pool was opened for " + sized(Bytes{frames_max_} * stride_);
   }
-  usable_ = std::min(asked_, pinned_frames());
+  usable_ = std::min(asked_, ready_frames());
   return {usable_, wants_more()};
 }
 
@@ -120,16 +208,16 @@ std::string CpuMemory::refusal() const {
 
 bool CpuMemory::is_growing() const {
   const std::scoped_lock lock(mutex_);
-  return wants_more() || pinning_;
+  return wants_more() || preparing_;
 }
 
 bool CpuMemory::has_grown() const {
   const std::scoped_lock lock(mutex_);
-  return std::min(asked_, pinned_frames()) > usable_ && !wants_more();
+  return std::min(asked_, ready_frames()) > usable_ && !wants_more();
 }
 
 // The thread. It captures nothing that the caller may be capturing into a graph.
-void CpuMemory::pin() {
+void CpuMemory::make_ready() {
   const Driver& driver = device_.driver();
   const Current current(driver, device_.context());
   CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
@@ -138,30 +226,42 @@ void CpuMemory::pin() {
   for (;;) {
     changed_.wait(lock, [&] { return ending_ || wants_more(); });
     if (ending_) return;
-    const std::uint32_t chunk = pinned_;
-    pinning_ = true;
+    const std::uint32_t chunk = ready_;
+    preparing_ = true;
     lock.unlock();
-    const CUresult result =
-        driver.host_register(chunk_start(chunk), chunk_bytes(chunk), CU_MEMHOSTREGISTER_PORTABLE);
+    std::string failure = make_ready(chunk);
     lock.lock();
-    pinning_ = false;
-    if (result == CUDA_SUCCESS) {
-      ++pinned_;
+    preparing_ = false;
+    if (failure.empty()) {
+      ++ready_;
     } else {
-      refusal_ = "pinning more CPU memory failed: " + driver.text(result);
+      refusal_ = std::move(failure);
     }
     changed_.notify_all();
   }
 }
 
+// Why it cannot be; empty where it is.
+std::string CpuMemory::make_ready(std::uint32_t chunk) const {
+  std::byte* start = chunk_start(chunk);
+  const Bytes bytes = chunk_bytes(chunk);
+  if (kind_ == CpuMemoryKind::coherent) {
+    if (populate(start, bytes)) return "";
+    return std::string("the system gives no more CPU memory: ") + std::strerror(errno);
+  }
+  const Driver& driver = device_.driver();
+  const CUresult result = driver.host_register(start, bytes, CU_MEMHOSTREGISTER_PORTABLE);
+  return result == CUDA_SUCCESS ? "" : "pinning more CPU memory failed: " + driver.text(result);
+}
+
 // Gives chunks back to the system, from the last on.
-void CpuMemory::unpin(std::uint32_t keep) {
+void CpuMemory::give_back(std::uint32_t keep) {
   const Driver& driver = device_.driver();
   const Current current(driver, device_.context());
-  for (; pinned_ > keep; --pinned_) {
-    std::byte* start = chunk_start(pinned_ - 1);
-    if (unpinned_reason_.empty()) driver.host_unregister(start);
-    ::madvise(start, chunk_bytes(pinned_ - 1), MADV_DONTNEED);
+  for (; ready_ > keep; --ready_) {
+    std::byte* start = chunk_start(ready_ - 1);
+    if (kind_ == CpuMemoryKind::pinned) driver.host_unregister(start);
+    ::madvise(start, chunk_bytes(ready_ - 1), MADV_DONTNEED);
   }
 }
 

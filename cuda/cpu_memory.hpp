@@ -1,9 +1,11 @@
 // The pool: CPU memory that copies to and from the device run beside the computation from.
 //
-// It is pinned, chunk by chunk, by a thread of its own: that takes a tenth of a second a gigabyte,
-// and what is pinned already is usable meanwhile. A chunk is one registration, and no copy may span
-// two, so copies are split where chunks end. Where the system pins nothing the memory is used as it
-// is: copies then hold up whoever submits them.
+// It is made ready, chunk by chunk, by a thread of its own: that takes a tenth of a second a
+// gigabyte, and what is ready already is usable meanwhile. By default that is to pin it: a chunk is
+// one registration, and no copy may span two, so copies are split where chunks end. Where the GPU
+// shares the CPU's page tables (GH200, GB200) nothing is pinned: memory is bound to the GPU's own
+// CPU and taken from the system. Where the system pins nothing the memory is used as it is: copies
+// then hold up whoever submits them.
 #pragma once
 
 #include <algorithm>
@@ -20,17 +22,21 @@
 
 namespace pie::cuda {
 
+enum class CpuMemoryKind : std::uint8_t { pinned, coherent, pageable };
+
 class CpuMemory {
  public:
-  // Room for `frames_max` frames, of which none is usable yet. Throws CapacityError where there are
-  // no addresses for them. The device outlives this.
-  CpuMemory(const Device& device, Bytes stride, std::uint32_t frames_max);
+  // Room for `frames_max` frames, of which none is usable yet; `kind` is a word of
+  // CudaOptions::pool_io. Throws CapacityError where there are no addresses for them, ConfigError
+  // for a kind that the device does not have. The device outlives this.
+  CpuMemory(const Device& device, Bytes stride, std::uint32_t frames_max, const std::string& kind);
   CpuMemory(const CpuMemory&) = delete;
   CpuMemory& operator=(const CpuMemory&) = delete;
   ~CpuMemory();
 
-  // Why memory is not pinned; empty where it is.
-  [[nodiscard]] const std::string& unpinned_reason() const { return unpinned_reason_; }
+  // "pinned", "coherent" or "pageable", and why it is not better; empty where it is as it should.
+  [[nodiscard]] const char* name() const;
+  [[nodiscard]] const std::string& reason() const { return reason_; }
 
   // See Backend::resize_pool; nothing may be copied to or from frames that go.
   PoolSize resize(std::uint32_t frames);
@@ -56,11 +62,14 @@ class CpuMemory {
   [[nodiscard]] Bytes chunk_bytes(std::uint32_t chunk) const;
   [[nodiscard]] std::byte* chunk_start(std::uint32_t chunk) const;
   [[nodiscard]] std::uint32_t chunks_of(std::uint32_t frames) const;
-  [[nodiscard]] std::uint32_t pinned_frames() const;
-  [[nodiscard]] bool wants_more() const { return pinned_ < wanted_ && refusal_.empty(); }
+  [[nodiscard]] std::uint32_t ready_frames() const;
+  [[nodiscard]] bool wants_more() const { return ready_ < wanted_ && refusal_.empty(); }
+  void choose(const std::string& kind);
   void try_pinning();
-  void pin();
-  void unpin(std::uint32_t keep);
+  void bind();
+  void make_ready();
+  [[nodiscard]] std::string make_ready(std::uint32_t chunk) const;
+  void give_back(std::uint32_t keep);
 
   const Device& device_;
   const Bytes stride_;
@@ -68,15 +77,16 @@ class CpuMemory {
   std::uint32_t chunk_frames_ = 0;
   Bytes reserved_ = 0;
   std::byte* start_ = nullptr;
-  std::string unpinned_reason_;
+  CpuMemoryKind kind_ = CpuMemoryKind::pinned;
+  std::string reason_;
   std::uint32_t usable_ = 0;  // frames; the owner's thread alone
   std::uint32_t asked_ = 0;   // frames, of the last `resize`
 
   mutable std::mutex mutex_;  // of what follows
   std::condition_variable changed_;
   std::uint32_t wanted_ = 0;  // chunks
-  std::uint32_t pinned_ = 0;  // chunks
-  bool pinning_ = false;      // one more, now
+  std::uint32_t ready_ = 0;   // chunks
+  bool preparing_ = false;    // one more, now
   bool ending_ = false;
   std::string refusal_;
   std::thread thread_;

@@ -120,6 +120,7 @@ std::unique_ptr<Backend> open_backend(const CacheOptions& options, const Geometr
   cuda.frame_bytes = geometry.frame_bytes();
   cuda.device_bytes = options.device_bytes;
   cuda.pool_bytes = options.pool_bytes;
+  cuda.pool_io = options.pool_io;
   cuda.driver = options.driver;
   return open_cuda(cuda);
 }

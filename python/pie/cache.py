@@ -469,7 +469,13 @@ class TieredKVCache:
                 RuntimeWarning,
                 stacklevel=3,
             )
-        elif pool_io not in ("none", "pinned", "direct-uring"):
+        elif pool_io == "coherent" and stats["pool_io_reason"]:
+            warnings.warn(
+                f"The pool's CPU memory may be far from the GPU: {stats['pool_io_reason']}.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        elif pool_io not in ("none", "pinned", "coherent", "direct-uring"):
             warnings.warn(
                 f"The pool is reached by {pool_io} instead of direct I/O through io_uring, which "
                 f"may be slower or fill the page cache: {stats['pool_io_reason']}.",

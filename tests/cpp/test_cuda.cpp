@@ -30,12 +30,13 @@ CudaOptions options_for(std::uint32_t device_frames, std::uint32_t pool_frames) 
 
 // ---- conformance --------------------------------------------------------------------------------
 
-template <fake::Order order>
+template <fake::Order order, bool coherent = false>
 struct InOrder : testing::OnCuda {
   static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
-    if (!is_double() && order != fake::Order::earliest) {
+    if (!is_double() && (order != fake::Order::earliest || coherent)) {
       throw ConfigError("a GPU has an order of its own");
     }
+    fake::set_profile({.coherent = coherent});
     fake::set_order(order, 7);
     try {
       return open_cuda(options_for(device_frames, pool_frames));
@@ -48,6 +49,9 @@ struct InOrder : testing::OnCuda {
 INSTANTIATE_TYPED_TEST_SUITE_P(CudaEarliest, BackendConformance, InOrder<fake::Order::earliest>);
 INSTANTIATE_TYPED_TEST_SUITE_P(CudaLatest, BackendConformance, InOrder<fake::Order::latest>);
 INSTANTIATE_TYPED_TEST_SUITE_P(CudaRandom, BackendConformance, InOrder<fake::Order::random>);
+
+using Coherent = InOrder<fake::Order::random, true>;
+INSTANTIATE_TYPED_TEST_SUITE_P(CudaCoherent, BackendConformance, Coherent);
 
 // ---- what only this backend promises ------------------------------------------------------------
 
@@ -154,6 +158,37 @@ TEST_F(Cuda, GoesOnWithMemoryThatIsNotPinned) {
   EXPECT_EQ(grow_pool(*backend, 4), 4U);
   EXPECT_TRUE(is_ok(finish(*backend, to_pool, {{0, 1, 2}})));
   EXPECT_TRUE(is_ok(finish(*backend, to_device, {{2, 1, 2}})));
+}
+
+TEST_F(Cuda, PinsNothingWhereTheGpuSharesThePageTables) {
+  become({.coherent = true});
+  const fake::Holdings before = fake::holdings();
+  const auto backend = open_cuda(options_for(64, 40'000));
+  EXPECT_EQ(backend->capabilities().pool_io, "coherent");
+  ASSERT_EQ(grow_pool(*backend, 40'000), 40'000U);
+  EXPECT_EQ(fake::holdings().pinned_bytes, before.pinned_bytes);
+  using On = testing::OnCuda;
+  for (FrameIndex i = 0; i < 32; ++i) fill<On>(*backend, i, i);
+  ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 100, 32}})));
+  ASSERT_EQ(grow_pool(*backend, 200), 200U);
+  ASSERT_TRUE(is_ok(finish(*backend, to_device, {{32, 100, 32}})));
+  for (FrameIndex i = 0; i < 32; ++i) EXPECT_TRUE(holds<On>(*backend, 32 + i, i));
+}
+
+TEST_F(Cuda, TakesCpuMemoryAsItIsTold) {
+  CudaOptions options = options_for(4, 4);
+  options.pool_io = "coherent";
+  expect_says(refusal_of<ConfigError>(options), "does not share the CPU's page tables");
+  options.pool_io = "direct-uring";
+  expect_says(refusal_of<ConfigError>(options), "use 'auto', 'pinned', 'coherent' or 'pageable'");
+  options.pool_io = "pageable";
+  EXPECT_EQ(open_cuda(options)->capabilities().pool_io, "pageable");
+  become({.coherent = true});
+  options.pool_io = "pinned";
+  const auto backend = open_cuda(options);
+  EXPECT_EQ(backend->capabilities().pool_io, "pinned");
+  EXPECT_EQ(grow_pool(*backend, 4), 4U);
+  EXPECT_GT(fake::holdings().pinned_bytes, 0U);
 }
 
 TEST_F(Cuda, DriversWithoutBatchesCopyOneByOne) {

@@ -315,7 +315,8 @@ void Machine::copy(Stream& on, std::span<const CUdeviceptr> to, std::span<const 
     operation.parts.push_back({reach(to[i]), reach(from[i]), bytes[i], draw() < 0.5, 0, {}});
   }
   enqueue(on, std::move(operation), ranges);
-  if (pageable) force(on.last);  // as the driver does: through a buffer of its own
+  // As the driver does, through a buffer of its own; not where the GPU finds the pages itself.
+  if (pageable && !profile.coherent) force(on.last);
 }
 
 void Machine::record(Event& event, Stream& on) {
@@ -570,7 +571,15 @@ CUresult cuDeviceGetName(char* name, int bytes, CUdevice) {
 }
 
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute which, CUdevice) {
-  *value = which == CU_DEVICE_ATTRIBUTE_INTEGRATED ? machine().profile.integrated : 1;
+  const fake::Profile& profile = machine().profile;
+  *value = 1;
+  if (which == CU_DEVICE_ATTRIBUTE_INTEGRATED) *value = profile.integrated ? 1 : 0;
+  if (which == CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES) {
+    *value = profile.coherent ? 1 : 0;
+  }
+#if CUDA_VERSION >= 12020
+  if (which == CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID) *value = profile.coherent ? 0 : -1;
+#endif
   return CUDA_SUCCESS;
 }
 

@@ -31,6 +31,7 @@ struct Profile {
   std::size_t pinnable_bytes = std::size_t{1} << 40;
   bool pins = true;  // whether registering memory is allowed at all
   bool integrated = false;
+  bool coherent = false;  // shares the CPU's page tables
 };
 
 // When what may be done is done.

@@ -15,7 +15,7 @@ struct CacheOptions {
   Bytes pool_bytes = 0;          // 0: no pool
   std::string pool_dir;          // see HostOptions
   std::string policy = "fit";    // "fit", "fixed:F" with F in [0, 1], "off"
-  std::string pool_io = "auto";  // see HostOptions
+  std::string pool_io = "auto";  // see HostOptions, CudaOptions
   std::byte* device_memory = nullptr;   // see HostOptions
   std::string driver = "libcuda.so.1";  // see CudaOptions
 };
