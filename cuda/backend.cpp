@@ -32,6 +32,7 @@ namespace pie::cuda {
 namespace {
 
 constexpr Bytes copy_bytes_best = Bytes{2} << 20;  // PCIe and NVLink reach their rate by then
+constexpr double coherent_bytes_per_s = 450e9;     // each way: NVLink-C2C, by NVIDIA's figures
 constexpr std::size_t fences_kept = 256;           // until somebody looks which have passed
 constexpr Nanos anchor_ns_max = 4'000'000'000;  // floats of milliseconds are exact to 0.5 us there
 constexpr std::chrono::microseconds nap(20);
@@ -80,6 +81,9 @@ class Cuda final : public Backend {
   void depend(ComputeStream stream, const Dep& dep) override;
   void duplicate(ComputeStream stream, std::span<const Duplicate> frames) override;
   [[nodiscard]] std::byte* address(FrameIndex device_frame) const override;
+  [[nodiscard]] const std::byte* pool_address() const override {
+    return pool_.is_readable() ? pool_.start() : nullptr;
+  }
   [[nodiscard]] std::shared_ptr<const void> memory() const override { return arena_; }
   [[nodiscard]] Health health() const override { return {lost_.empty(), lost_}; }
 
@@ -92,6 +96,7 @@ class Cuda final : public Backend {
   void take_memory(const CudaOptions& options);
   void close();
   void anchor();
+  [[nodiscard]] double share_in_place(double asked) const;
 
   void order(CUstream stream, const Dep& dep);
   void enqueue(Tickets::Entry& entry);
@@ -108,6 +113,7 @@ class Cuda final : public Backend {
   std::shared_ptr<Arena> arena_;
   CpuMemory pool_;
   const std::uint32_t pool_frames_;
+  const double in_place_share_;
   std::uint32_t device_opened_ = 0;
   std::uint32_t device_most_ = 0;
   std::uint32_t device_usable_ = 0;
@@ -135,6 +141,7 @@ Cuda::Cuda(const CudaOptions& options, Bytes stride)
       arena_(std::make_shared<Arena>(driver_, options.device)),
       pool_(arena_->device, stride_, frames_in(options.pool_bytes, stride_), options.pool_io),
       pool_frames_(frames_in(options.pool_bytes, stride_)),
+      in_place_share_(share_in_place(options.in_place_share)),
       events_(driver_) {
   if (options.pool_bytes > 0 && arena_->device.attribute(CU_DEVICE_ATTRIBUTE_INTEGRATED) != 0) {
     throw ConfigError("pool_bytes is " + sized(options.pool_bytes) + ": " + arena_->device.name() +
@@ -152,6 +159,24 @@ Cuda::Cuda(const CudaOptions& options, Bytes stride)
     close();
     throw;
   }
+}
+
+// See CudaOptions.
+double Cuda::share_in_place(double asked) const {
+  const bool readable = pool_frames_ > 0 && pool_.is_readable();
+  if (asked > 0 && pool_frames_ > 0 && !readable) {
+    throw ConfigError("in_place_share is " + std::to_string(asked) + ": " + arena_->device.name() +
+                      " cannot read a pool that is '" + pool_.name() +
+                      "' where it lies; leave in_place_share out.");
+  }
+  if (asked >= 0) return readable ? asked : 0;
+  if (!readable || pool_.kind() != CpuMemoryKind::coherent) return 0;
+  // Memory moves its bus's width twice a cycle.
+  const Device& device = arena_->device;
+  const double cycles_per_s = 1e3 * device.attribute(CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE);
+  const double bytes = device.attribute(CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH) / 8.0;
+  const double bytes_per_s = 2 * cycles_per_s * bytes;
+  return bytes_per_s == 0 ? 0 : coherent_bytes_per_s / (coherent_bytes_per_s + bytes_per_s);
 }
 
 void Cuda::take_memory(const CudaOptions& options) {
@@ -173,8 +198,9 @@ Cuda::~Cuda() {
   close();
 }
 
-// What is still being copied ends first: the memory under it goes.
+// What still copies or reads ends first: the memory under it goes.
 void Cuda::close() {
+  if (in_place_share_ > 0) driver_.context_synchronize();
   for (CUstream stream : lane_streams_) {
     if (stream == nullptr) continue;
     driver_.stream_synchronize(stream);
@@ -200,6 +226,7 @@ Capabilities Cuda::capabilities() const {
   result.streams = true;
   result.pool_io = pool_frames_ == 0 ? "none" : pool_.name();
   result.pool_io_reason = pool_.reason();
+  result.in_place_share = in_place_share_;
   return result;
 }
 
@@ -252,6 +279,7 @@ std::uint32_t Cuda::resize_device(std::uint32_t frames) {
 PoolSize Cuda::resize_pool(std::uint32_t frames) {
   if (frames < pool_.usable()) {
     const Current mine = current();
+    if (in_place_share_ > 0) check(driver_.context_synchronize(), "waiting for the GPU");
     reap();
     require(!tickets_.reaches(Tier::pool, frames),
             "resize_pool: a copy uses a frame that would go.");

@@ -103,6 +103,13 @@ const char* CpuMemory::name() const {
   return "pageable";
 }
 
+// Where the GPU shares the CPU's page tables it reads all of the CPU's memory.
+bool CpuMemory::is_readable() const {
+  if (start_ == nullptr || kind_ == CpuMemoryKind::pageable) return false;
+  return kind_ == CpuMemoryKind::coherent ||
+         device_.attribute(CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM) != 0;
+}
+
 void CpuMemory::choose(const std::string& kind) {
   const bool coherent =
       device_.attribute(CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES) != 0;

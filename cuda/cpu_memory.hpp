@@ -38,7 +38,13 @@ class CpuMemory {
   [[nodiscard]] const char* name() const;
   [[nodiscard]] const std::string& reason() const { return reason_; }
 
-  // See Backend::resize_pool; nothing may be copied to or from frames that go.
+  [[nodiscard]] CpuMemoryKind kind() const { return kind_; }
+
+  // Where frame 0 lies, and whether kernels may read what is usable of it there.
+  [[nodiscard]] const std::byte* start() const { return start_; }
+  [[nodiscard]] bool is_readable() const;
+
+  // See Backend::resize_pool; nothing may be copied to or from frames that go, or read in them.
   PoolSize resize(std::uint32_t frames);
   [[nodiscard]] std::uint32_t usable() const { return usable_; }
   [[nodiscard]] std::string refusal() const;

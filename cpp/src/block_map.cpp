@@ -46,6 +46,10 @@ std::uint32_t LayerBlocks::pooled_end(std::uint32_t block, std::uint32_t end) {
   return std::max(block, std::min(at, end));
 }
 
+const PoolRun& LayerBlocks::run_at(std::uint32_t block) const {
+  return *(std::ranges::upper_bound(runs, block, {}, &PoolRun::first_block) - 1);
+}
+
 std::uint32_t LayerBlocks::present_end(std::uint32_t block, std::uint32_t end) const {
   if (is_in_front(block)) return block;
   if (away == 0 && block >= gone) return std::max(block, end);
@@ -148,10 +152,10 @@ void BlockMap::join(Sequence& sequence, Branch& branch) {
   }
 }
 
-void BlockMap::show(const BlockKey& key, FrameRun device) {
+void BlockMap::show(const BlockKey& key, FrameRun frames) {
   for (const Sequence* sequence : key.branch->users) {
-    tables_.set(key.layer, sequence->row, key.branch->first + key.block, device.count,
-                static_cast<std::int32_t>(device.first));
+    tables_.set(key.layer, sequence->row, key.branch->first + key.block, frames.count,
+                static_cast<std::int32_t>(frames.first));
   }
 }
 

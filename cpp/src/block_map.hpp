@@ -100,6 +100,7 @@ struct LayerBlocks {
   // can be read where they lie on the device: the block itself where it is none.
   [[nodiscard]] std::uint32_t pooled_end(std::uint32_t block, std::uint32_t end);
   [[nodiscard]] std::uint32_t present_end(std::uint32_t block, std::uint32_t end) const;
+  [[nodiscard]] const PoolRun& run_at(std::uint32_t block) const;  // which has a pool frame
 };
 
 // How far the plan in force streams a branch in the layers of one window, and what it was told by.
@@ -191,8 +192,9 @@ class BlockMap {
     return key.branch->layers[key.layer].blocks[key.block];
   }
 
-  // Where pooled blocks from one on are while they are read: in adjacent frames.
-  void show(const BlockKey& key, FrameRun device);
+  // Where pooled blocks from one on are while they are read: in adjacent frames of the device, or
+  // with `in_pool_bit` of the pool.
+  void show(const BlockKey& key, FrameRun frames);
 
   // Where each block of each sequence lies; of a pooled one, where it was shown last.
   [[nodiscard]] const BlockTables& tables() const { return tables_; }

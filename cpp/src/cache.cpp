@@ -196,7 +196,8 @@ void Cache::Impl::begin(std::span<const StepEntry> batch, Reader reader) {
     tokens += std::uint64_t{member.tokens} + entry.new_tokens;
   }
   refuse_twice(batch);
-  if (capabilities_.streams && reader != Reader::kernel) {
+  const bool by_kernel = reader == Reader::kernel || reader == Reader::pool_kernel;
+  if (capabilities_.streams && !by_kernel) {
     throw LogicError(
         "step: the library's own attention, gathering and appending run on the calling thread, and "
         "this backend's memory belongs to a compute stream: run the layers with a LayerKernel.");
@@ -214,6 +215,8 @@ void Cache::Impl::begin(std::span<const StepEntry> batch, Reader reader) {
 
 void Cache::Impl::start() {
   const std::uint32_t staging = staging_frames();
+  decode_ = std::all_of(batch_.begin(), batch_.end(),
+                        [](const Growth& growth) { return growth.new_tokens == 1; });
   began_ns_ = backend_->now();
   stall_before_ns_ = scheduler_.stall_ns();
   try {
@@ -231,8 +234,6 @@ void Cache::Impl::start() {
     abort();
     throw;
   }
-  decode_ = std::all_of(batch_.begin(), batch_.end(),
-                        [](const Growth& growth) { return growth.new_tokens == 1; });
   if (decode_ && after_decode_) counters_.decode_ns += began_ns_ - ended_ns_;
   after_decode_ = false;
   note_peaks();
@@ -246,7 +247,8 @@ void Cache::Impl::begin_with(std::uint32_t staging) {
     rows_per_wave_ = static_cast<std::uint32_t>(std::clamp<Bytes>(room / row, 1, total_rows_));
   }
   try {
-    scheduler_.begin(batch_, {staging, rows_per_wave_ < total_rows_, reader_ == Reader::pages});
+    scheduler_.begin(batch_, {staging, rows_per_wave_ < total_rows_, reader_ == Reader::pages,
+                              decode_ && reader_ == Reader::pool_kernel});
   } catch (...) {
     scheduler_.abort();
     throw;
@@ -420,7 +422,7 @@ FrameTable Cache::Impl::pages(std::uint32_t layer, const LayerInputs& inputs) {
 }
 
 void Cache::Impl::run(std::uint32_t layer, LayerKernel& kernel) {
-  take_turn(layer, Reader::kernel, "run");
+  take_turn(layer, reader_ == Reader::pool_kernel ? reader_ : Reader::kernel, "run");
   run_layer(layer, kernel);
 }
 
@@ -499,6 +501,7 @@ Stats Cache::Impl::stats() const {
   stats.pool_bytes = map.pool().capacity() * stride;
   stats.pool_bytes_used = map.pool().used() * stride;
   stats.kv_bytes = kv_bytes();
+  stats.in_place_bytes = scheduler_.in_place_frames() * stride;
   stats.streamed_bytes = scheduler_.transfers().loaded_frames() * stride;
   stats.written_bytes = scheduler_.transfers().written_frames() * stride;
   stats.retries = scheduler_.transfers().retries();
@@ -704,8 +707,10 @@ FrameTable Cache::pages(std::uint32_t layer, const LayerInputs& inputs) {
 
 Arena Cache::arena() const {
   const Turn turn(*this, ask);
-  return {turn->backend_->address(0), turn->capabilities_.frame_stride, turn->device_frames(),
-          turn->backend_->memory()};
+  const Backend& backend = *turn->backend_;
+  const Capabilities& capabilities = turn->capabilities_;
+  return {backend.address(0), capabilities.in_place_share > 0 ? backend.pool_address() : nullptr,
+          capabilities.frame_stride, turn->device_frames(), backend.memory()};
 }
 
 void Cache::resize(Bytes device_bytes, Bytes pool_bytes) {

@@ -110,6 +110,11 @@ std::unique_ptr<Backend> open_backend(const CacheOptions& options, const Geometr
                       " bytes). Give more, or 0 for no pool.");
   }
   const std::optional<int> gpu = gpu_of(options.device);
+  if (options.in_place_share > 1 || (!gpu && options.in_place_share > 0)) {
+    throw ConfigError("in_place_share is " + std::to_string(options.in_place_share) +
+                      ": it is a share of the KV, from 0 to 1, that a GPU reads in CPU memory" +
+                      (gpu ? "." : "; with device '" + options.device + "' leave it out."));
+  }
   if (!gpu) return open_host(host_options(options, geometry));
   if (!options.pool_dir.empty()) {
     throw ConfigError("pool_dir is '" + options.pool_dir +
@@ -122,6 +127,7 @@ std::unique_ptr<Backend> open_backend(const CacheOptions& options, const Geometr
   cuda.pool_bytes = options.pool_bytes;
   cuda.pool_io = options.pool_io;
   cuda.driver = options.driver;
+  cuda.in_place_share = options.in_place_share;
   return open_cuda(cuda);
 }
 

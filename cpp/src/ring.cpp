@@ -133,8 +133,7 @@ void Ring::list_deps(std::uint32_t index) {
 Ticket Ring::submit(std::uint32_t index, std::vector<Load> loads) {
   copies_.clear();
   for (const Load& load : loads) {
-    const std::vector<PoolRun>& runs = load.branch->layers[load.layer].runs;
-    auto run = std::ranges::upper_bound(runs, load.first_block, {}, &PoolRun::first_block) - 1;
+    const PoolRun* run = &load.branch->layers[load.layer].run_at(load.first_block);
     for (std::uint32_t block = load.first_block; block < load.end(); block = run++->end()) {
       const std::uint32_t count = std::min(run->end(), load.end()) - block;
       add_copy({{Tier::pool, run->pool + block - run->first_block},

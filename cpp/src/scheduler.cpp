@@ -13,6 +13,12 @@
 
 namespace pie {
 
+namespace {
+
+constexpr auto in_pool = static_cast<FrameIndex>(in_pool_bit);
+
+}  // namespace
+
 Scheduler::Scheduler(Backend& backend, const Geometry& geometry, std::unique_ptr<Policy> policy)
     : backend_(backend),
       geometry_(geometry),
@@ -26,6 +32,8 @@ Scheduler::Scheduler(Backend& backend, const Geometry& geometry, std::unique_ptr
       std::max<Bytes>(1, best / std::max<Bytes>(1, capabilities_.frame_stride)));
   pool_frames_taken_.reserve(copy_frames_);
   pool_frames_ = capabilities_.pool_frames;
+  require(capabilities_.in_place_share == 0 || backend_.pool_address() != nullptr,
+          "the backend's pool has no address, so nothing of it is read in place.");
   for (std::uint32_t layer = 0; layer < geometry.layers; ++layer) {
     const auto same = [&](const LayerClass& c) { return c.window == geometry.window(layer); };
     auto found = std::ranges::find_if(classes_, same);
@@ -550,6 +558,7 @@ void Scheduler::read_branch(std::size_t index, LayerKernel& kernel) {
   const std::uint32_t end = layer.size();
   for (std::uint32_t block = seen - std::min(seen, branch.first); block < end;) {
     std::uint32_t ready = layer.present_end(block, end);
+    if (ready == block) ready = show_in_place({leg.branch, layer_, block});
     if (ready == block) ready = std::min(end, fetch(index, block, kernel));
     if (ready == block) continue;
     collect(leg, block, ready);
@@ -628,6 +637,34 @@ void Scheduler::write_begun(const Visit& visit, std::uint32_t full) {
   if (limit <= begun) return;
   blocks.written = std::max(blocks.written, begun);
   write_full(branch, layer_, limit);
+}
+
+// Blocks [0, end) of a layer, those that the plan streams, are read where they lie in the pool.
+// Said by what stays as it is from the start of a step to its end.
+std::uint32_t Scheduler::in_place_end(const Branch& branch, std::uint32_t layer) const {
+  if (!shape_.in_place) return 0;
+  const LayerBlocks& blocks = branch.layers[layer];
+  const std::uint32_t seen = branch.full - std::min(branch.full, blocks.gone);
+  const auto most = static_cast<std::uint32_t>(seen * capabilities_.in_place_share);
+  return std::min(blocks.streamed, blocks.gone + most);
+}
+
+// Shows blocks from one on where they lie in the pool, once they have come there. Returns the end
+// of those that are read so: the block itself where it is not.
+std::uint32_t Scheduler::show_in_place(const BlockKey& key) {
+  const std::uint32_t end = in_place_end(*key.branch, key.layer);
+  LayerBlocks& layer = key.branch->layers[key.layer];
+  const std::uint32_t until = key.block < end ? layer.pooled_end(key.block, end) : key.block;
+  for (std::uint32_t block = key.block; block < until;) {
+    const PoolRun run = layer.run_at(block);
+    const std::uint32_t count = std::min(until, run.end()) - block;
+    const FrameRun frames{run.pool + (block - run.first_block), count};
+    transfers_.before_read_pool(frames);
+    map_.show({key.branch, key.layer, block}, {frames.first | in_pool, count});
+    in_place_frames_ += count;
+    block += count;
+  }
+  return until;
 }
 
 // Brings a block that is not on the device nearer to being there. Returns the end of the blocks
@@ -724,7 +761,8 @@ void Scheduler::add_piece(std::size_t index) {
   piece.first = progress.read == progress.begin;
   piece.last = piece.kv_end == visit.kv_end();
   piece.frames = {backend_.address(0), capabilities_.frame_stride,
-                  map_.tables().row(layer_, visit.sequence->row) + progress.read};
+                  map_.tables().row(layer_, visit.sequence->row) + progress.read,
+                  shape_.in_place ? backend_.pool_address() : nullptr};
 }
 
 // ---- ahead of the layers ------------------------------------------------------------------------
@@ -768,7 +806,8 @@ bool Scheduler::seek_in(const Leg& leg, std::uint32_t layer) {
   const bool all = blocks.away > blocks.streamed - std::min(blocks.streamed, blocks.gone);
   const std::uint32_t end = all ? size : std::min(size, blocks.streamed);
   const std::uint32_t seen = first_block(leg.position, geometry_.window(layer));
-  cursor_.block = std::max(cursor_.block, seen - std::min(seen, leg.branch->first));
+  cursor_.block = std::max(
+      {cursor_.block, seen - std::min(seen, leg.branch->first), in_place_end(*leg.branch, layer)});
   for (; cursor_.block < end; ++cursor_.block) {
     cursor_.block = blocks.present_end(cursor_.block, end);
     if (cursor_.block < end && blocks.is_pooled(cursor_.block)) return true;

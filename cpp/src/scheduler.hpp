@@ -51,6 +51,7 @@ struct StepShape {
   std::uint32_t staging_frames = 0;  // to set aside at the top of the arena
   bool several_waves = false;        // visits will have more than one
   bool whole_layers = false;         // all blocks of a layer stay until the next layer begins
+  bool in_place = false;             // who reads them can read some where they lie in the pool
 };
 
 class Scheduler {
@@ -63,6 +64,9 @@ class Scheduler {
   [[nodiscard]] const Policy& policy() const { return *policy_; }
   [[nodiscard]] const Plan& plan() const { return plan_; }
   [[nodiscard]] Nanos stall_ns() const { return stall_ns_ + transfers_.stall_ns(); }
+
+  // Frames of the pool that were read where they lie, each as often as it was.
+  [[nodiscard]] std::uint64_t in_place_frames() const { return in_place_frames_; }
 
   // `[layers, rows]`: which slot each row of the step goes to, of layers that have run.
   [[nodiscard]] std::span<const std::int64_t> slots() const { return slots_; }
@@ -197,6 +201,8 @@ class Scheduler {
   void add_block(Branch& branch, LayerKernel& kernel);
   void store(LayerKernel& kernel);
   void write_begun(const Visit& visit, std::uint32_t full);
+  [[nodiscard]] std::uint32_t in_place_end(const Branch& branch, std::uint32_t layer) const;
+  [[nodiscard]] std::uint32_t show_in_place(const BlockKey& key);
   [[nodiscard]] std::uint32_t fetch(std::size_t leg, std::uint32_t block, LayerKernel& kernel);
   [[nodiscard]] std::uint32_t take(const Load* load, const BlockKey& key);
   void ask_now(std::size_t leg, const BlockKey& key, LayerKernel& kernel);
@@ -293,6 +299,7 @@ class Scheduler {
   std::uint32_t copy_frames_ = 1;              // the most frames one ticket moves
   std::uint32_t pool_frames_ = 0;              // the most that the pool may come to hold
   Nanos stall_ns_ = 0;
+  std::uint64_t in_place_frames_ = 0;
 };
 
 }  // namespace pie

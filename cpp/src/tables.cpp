@@ -12,6 +12,14 @@ namespace {
 
 constexpr std::size_t edits_max = 1U << 16;  // beyond, copying all is no more work
 
+// Whether entries are already those of adjacent frames from one on.
+bool says(const std::int32_t* entries, std::uint32_t count, std::int32_t frame) {
+  for (std::uint32_t i = 0; i < count; ++i) {
+    if (entries[i] != frame + static_cast<std::int32_t>(i)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 void BlockTables::resize(std::uint32_t rows, std::uint32_t blocks) {
@@ -53,6 +61,7 @@ void BlockTables::set(std::uint32_t layer, std::uint32_t row, std::uint32_t bloc
   if (frame == no_table_frame) {
     std::fill_n(entries, count, frame);
   } else {
+    if (noting_ && says(entries, count, frame)) return;
     std::iota(entries, entries + count, frame);
     if (noting_ && !noted_.all) note({layer, row, block, count, frame});
   }

@@ -154,6 +154,17 @@ void Transfers::before_write(FrameIndex device) {
   if (guards_[device].departure.id != 0) order(guards_[device].departure);
 }
 
+// Other copies of these frames may go on.
+void Transfers::before_read_pool(FrameRun pool) {
+  for (FrameIndex frame = pool.first; !pool_guards_.empty() && frame < pool.end(); ++frame) {
+    const auto [first, last] = pool_guards_.equal_range(frame);
+    for (auto guard = first; guard != last; ++guard) {
+      Ticket ticket = guard->second;
+      if (ticket.lane == Lane::device_to_pool) order(ticket);
+    }
+  }
+}
+
 // ---- copies -------------------------------------------------------------------------------------
 
 // One ticket, after whoever reads its targets or fills its sources. Several transfers only on a

@@ -68,6 +68,7 @@ class Transfers {
   // What the stream is about to do with a device frame: it is made to wait where it must.
   void before_read(FrameIndex device);
   void before_write(FrameIndex device);
+  void before_read_pool(FrameRun pool);
   void depend(Ticket ticket);
 
   // How long streams have waited for copies, as far as it is known yet.

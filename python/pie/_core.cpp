@@ -66,6 +66,7 @@ nb::dict to_dict(const pie::Stats& stats) {
   dict["kv_bytes"] = stats.kv_bytes;
   dict["streamed_bytes"] = stats.streamed_bytes;
   dict["written_bytes"] = stats.written_bytes;
+  dict["in_place_bytes"] = stats.in_place_bytes;
   dict["steps"] = stats.steps;
   dict["decode_steps"] = stats.decode_steps;
   dict["decode_tokens"] = stats.decode_tokens;
@@ -148,7 +149,8 @@ class Cache {
     const Frames at = describe();
     return nb::make_tuple(reinterpret_cast<std::uintptr_t>(at.arena.start),
                           std::vector(at.shape.begin(), at.shape.end()),
-                          std::vector(at.strides.begin(), at.strides.end()));
+                          std::vector(at.strides.begin(), at.strides.end()),
+                          reinterpret_cast<std::uintptr_t>(at.arena.pool));
   }
 
   // The table is the array's own: a later one does not change it.
@@ -205,7 +207,7 @@ void construct(Cache* self, const std::string& device, std::uint32_t layers, std
                std::uint32_t head_dim, std::uint32_t block_tokens, const std::string& dtype,
                std::uint64_t device_bytes, std::uint64_t pool_bytes, const std::string& pool_dir,
                const std::string& policy, const std::vector<std::uint32_t>& windows,
-               const std::string& driver) {
+               const std::string& driver, const std::string& pool_io, double in_place_share) {
   pie::CacheOptions options;
   options.device = device;
   if (!driver.empty()) options.driver = driver;
@@ -214,6 +216,8 @@ void construct(Cache* self, const std::string& device, std::uint32_t layers, std
   options.pool_bytes = pool_bytes;
   options.pool_dir = pool_dir;
   options.policy = policy;
+  options.pool_io = pool_io;
+  options.in_place_share = in_place_share;
   new (self) Cache(options);
 }
 
@@ -222,7 +226,9 @@ pie::Reader reader_from(const std::string& name) {
   if (name == "gather") return pie::Reader::gather;
   if (name == "pages") return pie::Reader::pages;
   if (name == "kernel") return pie::Reader::kernel;
-  throw pie::ConfigError("reader is '" + name + "': use 'attend', 'gather', 'pages' or 'kernel'.");
+  if (name == "pool_kernel") return pie::Reader::pool_kernel;
+  throw pie::ConfigError("reader is '" + name +
+                         "': use 'attend', 'gather', 'pages', 'kernel' or 'pool_kernel'.");
 }
 
 Step make_step(const nb::object& owner, Cache& cache, const Batch& batch,
@@ -353,8 +359,9 @@ void bind_layers(nb::class_<Cache>& cache) {
           "stream"_a, "The stream that the caller's compute runs on.")
       .def(
           "arena", [](Cache& self) { return self.arena(); },
-          nb::sig("def arena(self) -> tuple[int, list[int], list[int]]"),
-          "The device tier: address, shape as `frames`, strides in elements.")
+          nb::sig("def arena(self) -> tuple[int, list[int], list[int], int]"),
+          "The device tier: address, shape as `frames`, strides in elements; and the address of "
+          "the pool's frames, which lie alike, where steps read some in place, else 0.")
       .def(
           "step_rows", [](Cache& self) { return step_rows(self.tiered()); },
           "Of each packed row of the step: its row of the tables, and its position.")
@@ -391,7 +398,8 @@ void bind_cache(nb::module_& module) {
   cache
       .def("__init__", &construct, "device"_a, "layers"_a, "kv_heads"_a, "head_dim"_a,
            "block_tokens"_a, "dtype"_a, "device_bytes"_a, "pool_bytes"_a, "pool_dir"_a, "policy"_a,
-           "windows"_a, "driver"_a, nb::call_guard<nb::gil_scoped_release>())
+           "windows"_a, "driver"_a, "pool_io"_a, "in_place_share"_a,
+           nb::call_guard<nb::gil_scoped_release>())
       .def(
           "add", [](Cache& self) { return self.enter([](auto& tiered) { return tiered.add(); }); },
           "Makes an empty sequence.")

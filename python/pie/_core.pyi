@@ -48,7 +48,7 @@ def attend_pages(frames: Any, table: Any, starts: Any, positions: Any, q: Any, o
 class Cache:
     """Native side of pie.TieredKVCache."""
 
-    def __init__(self, device: str, layers: int, kv_heads: int, head_dim: int, block_tokens: int, dtype: str, device_bytes: int, pool_bytes: int, pool_dir: str, policy: str, windows: Sequence[int], driver: str) -> None: ...
+    def __init__(self, device: str, layers: int, kv_heads: int, head_dim: int, block_tokens: int, dtype: str, device_bytes: int, pool_bytes: int, pool_dir: str, policy: str, windows: Sequence[int], driver: str, pool_io: str, in_place_share: float) -> None: ...
 
     def add(self) -> int:
         """Makes an empty sequence."""
@@ -110,8 +110,10 @@ class Cache:
     def set_stream(self, stream: int) -> None:
         """The stream that the caller's compute runs on."""
 
-    def arena(self) -> tuple[int, list[int], list[int]]:
-        """The device tier: address, shape as `frames`, strides in elements."""
+    def arena(self) -> tuple[int, list[int], list[int], int]:
+        """
+        The device tier: address, shape as `frames`, strides in elements; and the address of the pool's frames, which lie alike, where steps read some in place, else 0.
+        """
 
     def step_rows(self) -> bytes:
         """

@@ -99,6 +99,12 @@ class TieredKVCache:
         "off" nothing.
     windows: of each layer, how many tokens a token sees, itself included; 0 is all. Frames that no
         token will see again are given back.
+    pool_io: how the pool is reached; "auto" takes the best there is. Of a file "direct-uring",
+        "direct-threads" or "buffered-threads"; of CPU memory behind a GPU "pinned", "coherent"
+        (on a GH200) or "pageable".
+    in_place_share: of the KV that a GPU reads in a step, from 0 to 1, how much it reads where it
+        lies in CPU memory instead of fetching it before; None: what pays by the device's rates,
+        which is nothing over PCIe.
 
     One thread at a time. Close it, or use it as a context manager.
     """
@@ -117,11 +123,15 @@ class TieredKVCache:
         block_tokens: int | None = None,
         policy: str = "fit",
         windows: Sequence[int] | None = None,
+        pool_io: str = "auto",
+        in_place_share: float | None = None,
     ) -> None:
         runtime = runtime_for(device)
         directory = os.fsdecode(pool_dir) if pool_dir is not None else ""
         if not isinstance(policy, str):
             raise ConfigError(f"policy is {policy!r}: give 'fit', 'off' or 'fixed:F' as text.")
+        if not isinstance(pool_io, str):
+            raise ConfigError(f"pool_io is {pool_io!r}: give 'auto' or another word, as text.")
         self.num_layers = _positive("num_layers", num_layers)
         self.num_kv_heads = _positive("num_kv_heads", num_kv_heads)
         self.head_dim = _positive("head_dim", head_dim)
@@ -141,6 +151,8 @@ class TieredKVCache:
             policy=policy,
             windows=self._windows,
             driver="" if runtime is None else runtime.driver,
+            pool_io=pool_io,
+            in_place_share=-1.0 if in_place_share is None else _share(in_place_share),
         )
         self._runtime = runtime
         self._gpu = None if runtime is None else _gpu_layers(runtime, self._core, self.dtype)
@@ -149,7 +161,8 @@ class TieredKVCache:
         number = next(_numbers)
         _caches[number] = self
         self._handle = torch.tensor([number], device="cpu")  # what the operator knows this cache by
-        self._report_fallback()
+        if pool_io == "auto":
+            self._report_fallback()
 
     def add(self) -> int:
         """Makes an empty sequence and returns its number, which is never used again."""
@@ -221,7 +234,9 @@ class TieredKVCache:
         else:
             self._gpu.open()
         self._reader = reader
-        read_by = reader if self._gpu is None else "kernel"
+        read_by: str = reader
+        if self._gpu is not None:
+            read_by = "pool_kernel" if reader == "attend" else "kernel"
         step: AbstractContextManager[TieredKVCache] = _core.step(self, self._core, entries, read_by)
         self._batch = entries
         return step
@@ -552,6 +567,12 @@ def _positive(name: str, value: int) -> int:
     if type(value) is not int or not 0 < value < 2**32:
         raise ConfigError(f"{name} is {value!r}: give a whole number of at least 1.")
     return value
+
+
+def _share(value: float) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise ConfigError(f"in_place_share is {value!r}: give a number from 0 to 1, or None.")
+    return float(value)
 
 
 def _count(name: str, value: int) -> int:

@@ -375,7 +375,7 @@ class Model {
     const std::uint32_t layer = layer_++;
     if (proxy_ != nullptr && !streams_) sim().compute({}, {static_cast<Nanos>(random_() % 60'000)});
     try {
-      if (reader_ == Reader::kernel) {
+      if (reader_ == Reader::kernel || reader_ == Reader::pool_kernel) {
         kernel_.begin_layer(layer);
         cache_->run(layer, kernel_);
         kernel_.end_layer();

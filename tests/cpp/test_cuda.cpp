@@ -192,6 +192,54 @@ TEST_F(Cuda, TakesCpuMemoryAsItIsTold) {
   EXPECT_GT(fake::holdings().pinned_bytes, before);
 }
 
+// By what the machine is, unless it is said.
+TEST_F(Cuda, SaysHowMuchIsBestReadInPlace) {
+  const auto share_of = [](const CudaOptions& options) {
+    return open_cuda(options)->capabilities().in_place_share;
+  };
+  CudaOptions options = options_for(4, 4);
+  EXPECT_EQ(share_of(options), 0);
+  options.in_place_share = 0.25;
+  EXPECT_EQ(share_of(options), 0.25);
+  options.pool_io = "pageable";
+  expect_says(refusal_of<ConfigError>(options), "cannot read a pool that is 'pageable'");
+  become({.coherent = true, .memory_clock_khz = 2'619'000, .memory_bus_bits = 6144});
+  options = options_for(4, 4);
+  EXPECT_NEAR(share_of(options), 450.0 / (450 + 4022), 1e-3);  // GB/s
+  options.in_place_share = 0;
+  EXPECT_EQ(share_of(options), 0);
+  options = options_for(4, 0);
+  EXPECT_EQ(share_of(options), 0) << "without a pool";
+  become({.coherent = true, .memory_clock_khz = 0});
+  EXPECT_EQ(share_of(options_for(4, 4)), 0) << "the driver does not say how fast memory is";
+}
+
+// A kernel may still read frames of the pool that are to go.
+TEST_F(Cuda, ReadersOfThePoolComeBeforeItsEnd) {
+  for (const bool coherent : {false, true}) {
+    become({.coherent = coherent});
+    fake::set_order(fake::Order::latest, 3);
+    CudaOptions options = options_for(4, 40'000);
+    options.in_place_share = 0.5;
+    auto backend = open_cuda(options);
+    ASSERT_EQ(grow_pool(*backend, 40'000), 40'000U);
+    ASSERT_NE(backend->pool_address(), nullptr);
+    std::uint32_t read = 0;
+    const auto read_later = [&](FrameIndex frame) {
+      const auto begin = reinterpret_cast<CUdeviceptr>(backend->pool_address() + frame * stride);
+      const fake::Range range{begin, stride, false};
+      fake::launch(Caller::get().stream(1), {&range, 1}, [&read] { ++read; });
+    };
+    read_later(39'999);
+    EXPECT_EQ(backend->resize_pool(10).frames, 10U);
+    EXPECT_EQ(read, 1U);
+    read_later(9);
+    backend.reset();
+    EXPECT_EQ(read, 2U);
+    for (const std::string& words : fake::take_violations()) ADD_FAILURE() << words;
+  }
+}
+
 TEST_F(Cuda, DriversWithoutBatchesCopyOneByOne) {
   become({.driver_version = 12040});
   const auto backend = open_cuda(options_for(8, 8));

@@ -33,6 +33,7 @@ constexpr std::uint32_t tokens_max = 300;
 struct Tally {
   std::uint64_t schedules = 0;  // steps, each in an order of its own
   std::uint64_t streamed = 0;   // frames
+  std::uint64_t in_place = 0;   // frames
   std::uint64_t aborts = 0;
   std::uint64_t forks = 0;
   std::uint64_t resizes = 0;
@@ -42,7 +43,14 @@ struct Tally {
 };
 
 // The backend, and how often the host has waited; with a bug, if one is asked for.
-enum class Bug : std::uint8_t { none, no_depend, no_fences, no_ticket_deps, wrong_frame };
+enum class Bug : std::uint8_t {
+  none,
+  no_depend,
+  no_write_waits,
+  no_fences,
+  no_ticket_deps,
+  wrong_frame
+};
 
 class Watched final : public Backend {
  public:
@@ -86,7 +94,9 @@ class Watched final : public Backend {
     return inner_->record(stream, timing);
   }
   void depend(ComputeStream stream, const Dep& dep) override {
-    if (bug_ != Bug::no_depend) inner_->depend(stream, dep);
+    const bool write = dep.ticket.id != 0 && dep.ticket.lane == Lane::device_to_pool;
+    if (bug_ == Bug::no_depend || (bug_ == Bug::no_write_waits && write)) return;
+    inner_->depend(stream, dep);
   }
   void duplicate(ComputeStream stream, std::span<const Duplicate> frames) override {
     inner_->duplicate(stream, frames);
@@ -94,6 +104,7 @@ class Watched final : public Backend {
   [[nodiscard]] std::byte* address(FrameIndex frame) const override {
     return inner_->address(frame);
   }
+  [[nodiscard]] const std::byte* pool_address() const override { return inner_->pool_address(); }
   [[nodiscard]] std::shared_ptr<const void> memory() const override { return inner_->memory(); }
   [[nodiscard]] Health health() const override { return inner_->health(); }
 
@@ -143,11 +154,14 @@ class History {
     const std::uint32_t layers = geometry_.layers;
     const std::uint32_t frames = layers + 2 + (one_in(6) ? 0 : pick(layers * 20));
     fake::set_order(fake::Order::random, seed);
-    auto watched = std::make_unique<Watched>(open_cuda({.frame_bytes = stride,
-                                                        .device_bytes = frames * stride,
-                                                        .pool_bytes = (300 + pick(600)) * stride,
-                                                        .driver = testing::driver_name()}),
-                                             bug);
+    const std::array shares = {-1.0, 0.2, 0.5, 1.0};
+    auto watched =
+        std::make_unique<Watched>(open_cuda({.frame_bytes = stride,
+                                             .device_bytes = frames * stride,
+                                             .pool_bytes = (300 + pick(600)) * stride,
+                                             .driver = testing::driver_name(),
+                                             .in_place_share = shares[pick(shares.size())]}),
+                                  bug);
     auto machine = std::make_unique<FakeMachine>(*watched);
     const std::array policies = {"fit", "fit", "fixed:0.5", "fixed:1"};
     model_ = std::make_unique<Model>(geometry_, policies[pick(policies.size())], std::move(watched),
@@ -172,7 +186,9 @@ class History {
     }
     model_->settle();
     model_->check();
-    tally_.streamed += model_->cache().stats().streamed_bytes / geometry_.frame_bytes();
+    const Stats stats = model_->cache().stats();
+    tally_.streamed += stats.streamed_bytes / geometry_.frame_bytes();
+    tally_.in_place += stats.in_place_bytes / geometry_.frame_bytes();
   }
 
  private:
@@ -236,16 +252,17 @@ class History {
                                fake::Order::random};
     fake::set_order(orders[pick(orders.size())], random_());
     std::vector<StepEntry> batch;
+    const bool several = one_in(2);
     for (const auto& [id, salts] : model_->salts()) {
       if (one_in(4) && !batch.empty()) continue;
       const auto room =
           static_cast<std::uint32_t>(tokens_max - std::min<std::size_t>(tokens_max, salts.size()));
       if (room == 0) continue;
-      batch.push_back({id, one_in(3) ? 1 + pick(std::min(room, 40U)) : 1});
+      batch.push_back({id, several && one_in(3) ? 1 + pick(std::min(room, 40U)) : 1});
     }
     if (batch.empty()) return free_one();
     const bool whole = !one_in(10);
-    model_->step(batch, Reader::kernel, whole ? model_->layers() : pick(model_->layers()));
+    model_->step(batch, Reader::pool_kernel, whole ? model_->layers() : pick(model_->layers()));
     ++tally_.schedules;
     if (!whole) ++tally_.aborts;
   }
@@ -269,11 +286,12 @@ TEST(CudaSwarm, NoOrderOfDoingThingsIsSeen) {
     for (const std::string& words : fake::take_violations()) ADD_FAILURE() << words;
   }
   std::cout << tally.schedules << " schedules, " << tally.streamed << " frames streamed, "
-            << tally.aborts << " aborts, " << tally.forks << " forks, " << tally.resizes
-            << " resizes, " << tally.truncations << " truncations, " << tally.switches
-            << " switches of the stream, " << tally.refusals << " refusals\n";
+            << tally.in_place << " read in place, " << tally.aborts << " aborts, " << tally.forks
+            << " forks, " << tally.resizes << " resizes, " << tally.truncations << " truncations, "
+            << tally.switches << " switches of the stream, " << tally.refusals << " refusals\n";
   EXPECT_GE(tally.schedules, 10'000U);
   EXPECT_GT(tally.streamed, 10'000U);
+  EXPECT_GT(tally.in_place, 10'000U);
   for (const std::uint64_t count : {tally.aborts, tally.forks, tally.resizes, tally.truncations}) {
     EXPECT_GT(count, 100U);
   }
@@ -297,8 +315,8 @@ TEST_P(PlantedBug, IsSeen) {
 }
 
 INSTANTIATE_TEST_SUITE_P(InTheBackend, PlantedBug,
-                         ::testing::Values(Bug::no_depend, Bug::no_fences, Bug::no_ticket_deps,
-                                           Bug::wrong_frame));
+                         ::testing::Values(Bug::no_depend, Bug::no_write_waits, Bug::no_fences,
+                                           Bug::no_ticket_deps, Bug::wrong_frame));
 
 }  // namespace
 }  // namespace pie

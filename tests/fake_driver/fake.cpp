@@ -577,6 +577,8 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute which, CUdevice) {
   if (which == CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES) {
     *value = profile.coherent ? 1 : 0;
   }
+  if (which == CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE) *value = profile.memory_clock_khz;
+  if (which == CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH) *value = profile.memory_bus_bits;
 #if CUDA_VERSION >= 12020
   if (which == CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID) *value = profile.coherent ? 0 : -1;
 #endif

@@ -32,6 +32,8 @@ struct Profile {
   bool pins = true;  // whether registering memory is allowed at all
   bool integrated = false;
   bool coherent = false;  // shares the CPU's page tables
+  int memory_clock_khz = 2'619'000;
+  int memory_bus_bits = 6144;
 };
 
 // When what may be done is done.

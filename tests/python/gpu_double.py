@@ -45,6 +45,7 @@ class Double:
         self._library = library()
         self._address = 0
         self._alias = 0
+        self._bytes = 0
         self.launches = 0
 
     def stream(self) -> int:
@@ -54,11 +55,10 @@ class Double:
         return tensor.device.type == "cpu"
 
     def frames(self, core: _core.Cache, dtype: torch.dtype) -> torch.Tensor:
-        self._address, shape, strides = core.arena()
+        self._address, shape, strides, _ = core.arena()
         self._alias = self._library.fake_reach(self._address)
-        memory = (ctypes.c_uint8 * (shape[0] * strides[0] * dtype.itemsize)).from_address(
-            self._alias
-        )
+        self._bytes = shape[0] * strides[0] * dtype.itemsize
+        memory = (ctypes.c_uint8 * self._bytes).from_address(self._alias)
         return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
 
     def stage(self, data: bytes) -> torch.Tensor:
@@ -70,6 +70,11 @@ class Double:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         fill = float("nan") if dtype.is_floating_point else -7
         return torch.full(shape, fill, dtype=dtype)
+
+    def _told(self, address: int) -> int:
+        """The address as the driver tells it; of the pool it is the same."""
+        inside = 0 <= address - self._alias < self._bytes
+        return address - self._alias + self._address if inside else address
 
     def launch(
         self,
@@ -84,10 +89,7 @@ class Double:
         warps: int = 4,
         stages: int = 2,
     ) -> None:
-        ranges = [
-            (tensor.data_ptr() - self._alias + self._address, tensor.nbytes, write)
-            for tensor, write in uses()
-        ]
+        ranges = [(self._told(address), nbytes, write) for address, nbytes, write in uses()]
         count = len(ranges)
         words = ctypes.c_uint64 * count
         self._library.fake_run(

@@ -92,8 +92,11 @@ struct Capabilities {
   Bytes frame_stride = 0;         // distance of adjacent frames in either tier, >= payload
   Bytes copy_bytes_best = 0;      // copies of this size reach the link's rate
   bool streams = false;           // compute runs on a stream; false: on the calling thread
-  std::string pool_io;            // how the pool is reached, for stats(): "direct-uring", ...
-  std::string pool_io_reason;     // why not a faster way, and what to do; empty where there is none
+  // Of the KV that a step reads, how much is best read where it lies in the pool, by kernels that
+  // can: from 0, none, to 1. More than 0 only where `pool_address` is not null.
+  double in_place_share = 0;
+  std::string pool_io;         // how the pool is reached, for stats(): "direct-uring", ...
+  std::string pool_io_reason;  // why not a faster way, and what to do; empty where there is none
 };
 
 // ok, or lost with the first error: then every sequence fails, pool copies stay valid.
@@ -153,6 +156,10 @@ class Backend {
 
   // Start of a device frame. Frames of a run are `frame_stride` apart.
   [[nodiscard]] virtual std::byte* address(FrameIndex device_frame) const = 0;
+
+  // Start of the pool's frame 0, where what runs on a compute stream may read it: as long as no
+  // frame that it reads is given up, and after the ticket that filled it. Null: nothing may.
+  [[nodiscard]] virtual const std::byte* pool_address() const { return nullptr; }
 
   // Whoever holds this keeps the memory under `address` mapped, beyond the backend's end. Null
   // where the memory is the caller's, or cannot be touched.

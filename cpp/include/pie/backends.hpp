@@ -61,6 +61,11 @@ struct CudaOptions {
   // up whoever submits them; "auto" takes the best that the device has.
   std::string pool_io = "auto";
   std::string driver = "libcuda.so.1";  // the driver's library, or a double of it
+  // Capabilities::in_place_share, from 0 to 1. Negative: by what the device is. Attention is held
+  // up by GPU memory, and what it reads over the link meanwhile comes on top of that; so on GH200
+  // and GB200 link / (link + GPU memory), by their rates, and over PCIe, where that is a hundredth,
+  // none.
+  double in_place_share = -1;
 };
 
 // Loads the plugin libpie_cuda.so. Throws ConfigError where there is none, or no driver, GPU or

@@ -26,8 +26,9 @@ struct StepEntry {
 };
 
 // What the layers of a step are read by: the library's attention in place, a contiguous copy of K
-// and V, a kernel of the caller's, or the caller himself by a table of frames.
-enum class Reader : std::uint8_t { attend, gather, kernel, pages };
+// and V, a kernel of the caller's, one that also reads frames of the pool where they lie (see
+// `in_pool_bit`), or the caller himself by a table of frames.
+enum class Reader : std::uint8_t { attend, gather, kernel, pool_kernel, pages };
 
 // What a model asks of its attention.
 struct AttendOptions {
@@ -41,6 +42,8 @@ struct AttendOptions {
 // too (null: it is the caller's).
 struct Arena {
   std::byte* start = nullptr;
+  // Where frame i of the pool starts, likewise, if steps read some of those in place; else null.
+  const std::byte* pool = nullptr;
   Bytes stride_bytes = 0;
   std::uint32_t frames = 0;
   std::shared_ptr<const void> owner;
@@ -59,8 +62,8 @@ struct FrameTable {
 // entry is written to where a block comes, moves or goes.
 struct StepTables {
   // `[layers, sequences, blocks]`: the device frame of each block, -1 where there is none. Of a
-  // block that is streamed, where it lies while it is read, and nothing to rely on before and
-  // after.
+  // block that is streamed, where it lies while it is read, with `in_pool_bit` where that is in the
+  // pool, and nothing to rely on before and after.
   const std::int32_t* block_tables = nullptr;
   std::uint32_t layers = 0;
   std::uint32_t sequences = 0;  // rows there are, of which the batch has some
@@ -90,6 +93,7 @@ struct Stats {
   Bytes kv_bytes = 0;        // KV of all sequences, wherever it lies
   Bytes streamed_bytes = 0;  // pool to device
   Bytes written_bytes = 0;   // device to pool
+  Bytes in_place_bytes = 0;  // read where they lie in the pool
   std::uint64_t steps = 0;
   std::uint64_t decode_steps = 0;
   std::uint64_t decode_tokens = 0;

@@ -18,6 +18,7 @@ struct CacheOptions {
   std::string pool_io = "auto";  // see HostOptions, CudaOptions
   std::byte* device_memory = nullptr;   // see HostOptions
   std::string driver = "libcuda.so.1";  // see CudaOptions
+  double in_place_share = -1;           // see CudaOptions
 };
 
 }  // namespace pie

@@ -27,6 +27,10 @@ inline constexpr FrameIndex no_frame = 0xffffffff;
 // What a table of frames says where there is none.
 inline constexpr std::int32_t no_table_frame = -1;
 
+// Set in what a table says of a block that is read where it lies in the pool: the other bits say
+// which frame of that.
+inline constexpr std::int32_t in_pool_bit = 1 << 30;
+
 // A change of tables `[layers, rows, blocks]`: blocks [block, block + count) of a row came to lie
 // in the frames from `frame` on.
 struct TableEdit {
@@ -49,15 +53,17 @@ struct TableEdits {
   std::vector<std::uint32_t> batch_ends;  // into `edits`
 };
 
-// The frames of adjacent blocks, by a table of device frames: number i of them starts at
-// `memory` + `table[i]` * `stride` bytes.
+// The frames of adjacent blocks, by a table: number i of them starts at `memory` + `table[i]` *
+// `stride` bytes, or where `in_pool_bit` is set, so many bytes behind `pool`.
 struct BlockFrames {
   const std::byte* memory = nullptr;
   Bytes stride = 0;
   const std::int32_t* table = nullptr;
+  const std::byte* pool = nullptr;  // null where none of them lies there
 
   [[nodiscard]] const std::byte* operator[](std::size_t i) const {
-    return memory + static_cast<Bytes>(table[i]) * stride;
+    const bool in_pool = (table[i] & in_pool_bit) != 0;
+    return (in_pool ? pool : memory) + static_cast<Bytes>(table[i] & ~in_pool_bit) * stride;
   }
 };
 

@@ -16,7 +16,7 @@ from pie import _core
 from pie._core import LogicError
 from pie.gpu import kernels
 from pie.gpu.layer import Layer, Queries
-from pie.gpu.runtime import Runtime
+from pie.gpu.runtime import Runtime, Use
 
 _PIECE = 8  # numbers that tell of a piece
 _WHOLE = 3  # flags of one that is the first and the last of its rows
@@ -26,6 +26,7 @@ _SPLIT_UNIT = 64  # splits end on multiples of it, as tiles do
 _SPLIT_TOKENS_LEAST = 256
 _SPLITS_MOST = 64
 _PROGRAMS_A_PROCESSOR = 4
+_IN_POOL = 1 << 30  # set in what tables say of frames of the pool
 _BROUGHT = 1024  # numbers that a program brings to the device
 
 
@@ -66,6 +67,7 @@ class GpuLayers:
         self._core = core
         self._dtype = dtype
         self.frames: torch.Tensor | None = None  # asked for anew after a resize
+        self._pool_offset = 0  # elements from there to the pool's frames; 0: none is read in place
         self._tables: torch.Tensor | None = None  # [layers, rows, blocks]
         self._layer_tables: tuple[torch.Tensor, ...] = ()
         self._blocks = 0  # of a row
@@ -156,6 +158,9 @@ class GpuLayers:
     def _frames(self) -> torch.Tensor:
         if self.frames is None:
             self.frames = self._runtime.frames(self._core, self._dtype)
+            pool = self._core.arena()[3]
+            offset = pool - self.frames.data_ptr() if pool else 0
+            self._pool_offset = offset // self._dtype.itemsize
         return self.frames
 
     def _tables_now(self) -> tuple[torch.Tensor, ...]:
@@ -314,6 +319,7 @@ class GpuLayers:
                 *q.stride()[:2],
                 *out.stride()[:2],
                 frames.stride(0),
+                self._pool_offset,
                 self._blocks,
                 part.found_rows,
                 part.split_tokens,
@@ -331,6 +337,7 @@ class GpuLayers:
                 part.tile,
                 part.merged is None,
                 part.by_item,
+                self._pool_offset != 0,
                 queries.sinks is not None,
                 queries.soft_cap > 0,
                 not self._runtime.is_gpu and frames.dtype is torch.bfloat16,
@@ -394,9 +401,9 @@ class GpuLayers:
             held = self._scratch[name] = self._runtime.empty((needed,), torch.float32)
         return held
 
-    # Which frames a kernel uses; asked by a double alone.
+    # Which bytes a kernel uses of frames; asked by a double alone.
 
-    def _appended(self, first_row: int, rows: int) -> Iterator[tuple[torch.Tensor, bool]]:
+    def _appended(self, first_row: int, rows: int) -> Iterator[Use]:
         assert self._tables is not None
         assert self._step_rows is not None
         frames = self._frames()
@@ -405,16 +412,18 @@ class GpuLayers:
             frame = self._tables[self._given().number, row, position // frames.shape[3]]
             slot = position % frames.shape[3]
             for part in frames[int(frame)].flatten(0, 1):
-                yield part[slot], True
+                yield part[slot].data_ptr(), part[slot].nbytes, True
 
-    def _read(self, plan: _Plan) -> Iterator[tuple[torch.Tensor, bool]]:
+    def _read(self, plan: _Plan) -> Iterator[Use]:
         assert self._tables is not None
         frames = self._frames()
         tokens = frames.shape[3]
         for row, _, _, _, _, begin, end, _ in plan.each():
             table = self._tables[self._given().number, row, begin // tokens : -(-end // tokens)]
             for frame in table.tolist():
-                yield frames[frame], False
+                start = frame % _IN_POOL * frames.stride(0)
+                start += self._pool_offset if frame >= _IN_POOL else 0
+                yield frames.data_ptr() + start * frames.itemsize, frames[0].nbytes, False
 
 
 def _are_whole(pieces: array[int], mine: list[int]) -> bool:

@@ -2,7 +2,9 @@
 
 frames      the device tier, `[frames, 2 (K, V), kv_heads, block_tokens, head_dim]`, each frame
             contiguous and `frame_stride` elements from the next
-table       of one layer, `[rows, blocks]` int32: the frame of each block of each sequence
+table       of one layer, `[rows, blocks]` int32: the frame of each block of each sequence. With
+            IN_PLACE, where bit 30 is set, that of the pool, whose frames lie like those of the
+            device, `pool_offset` elements from them
 pieces      `[pieces, 8]` int32: table row, entry, first packed row, rows, position of the first of
             them, begin and end (in tokens) of the KV they read, flags (1: the first, 2: the last
             piece of these rows in this layer)
@@ -93,34 +95,48 @@ def _dot(a, b, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _start(frame, frame_stride, pool_offset, IN_PLACE: tl.constexpr):
+    """Where a frame begins, in elements from the device's first.
+
+    By a product and not by a choice, so that the compiler sees it aligned, and loads are wide.
+    """
+    start = (frame & 0x3FFFFFFF).to(tl.int64) * frame_stride
+    if IN_PLACE:
+        start += (frame >> 30).to(tl.int64) * pool_offset
+    return start
+
+
+@triton.jit
 def _places(
     frames,
     table,
     tile,
     there,
     frame_stride,
+    pool_offset,
     kv_head,
     HEAD_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     DIM_PAD: tl.constexpr,
     TILE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Where the K of a tile's tokens lies, `[TILE, DIM_PAD]`."""
     step = tl.arange(0, TILE)
     dim = tl.arange(0, DIM_PAD)
     if BLOCK_TOKENS % TILE == 0:  # all of the tile lies in one frame
-        frame = tl.load(table + tile // BLOCK_TOKENS).to(tl.int64)
-        start = frames + frame * frame_stride
+        frame = tl.load(table + tile // BLOCK_TOKENS)
+        start = frames + _start(frame, frame_stride, pool_offset, IN_PLACE)
         start += (kv_head * BLOCK_TOKENS + tile % BLOCK_TOKENS) * HEAD_DIM
         return start + step[:, None] * HEAD_DIM + dim[None, :]
     else:
         token = tile + step
         if MASKED:
-            frame = tl.load(table + token // BLOCK_TOKENS, mask=there, other=0).to(tl.int64)
+            frame = tl.load(table + token // BLOCK_TOKENS, mask=there, other=0)
         else:
-            frame = tl.load(table + token // BLOCK_TOKENS).to(tl.int64)
-        line = frame * frame_stride
+            frame = tl.load(table + token // BLOCK_TOKENS)
+        line = _start(frame, frame_stride, pool_offset, IN_PLACE)
         line += (kv_head * BLOCK_TOKENS + token % BLOCK_TOKENS) * HEAD_DIM
         return frames + line[:, None] + dim[None, :]
 
@@ -138,6 +154,7 @@ def _fold(
     end,
     at,
     frame_stride,
+    pool_offset,
     scale,
     soft_cap,
     window,
@@ -147,6 +164,7 @@ def _fold(
     BLOCK_TOKENS: tl.constexpr,
     DIM_PAD: tl.constexpr,
     TILE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     UPCAST: tl.constexpr,
     MASKED: tl.constexpr,
@@ -159,8 +177,8 @@ def _fold(
     there = (token >= begin) & (token < end)
     has_dim = tl.arange(0, DIM_PAD) < HEAD_DIM
     place = _places(
-        frames, table, tile, there, frame_stride, kv_head, HEAD_DIM, BLOCK_TOKENS, DIM_PAD, TILE,
-        MASKED,
+        frames, table, tile, there, frame_stride, pool_offset, kv_head, HEAD_DIM, BLOCK_TOKENS,
+        DIM_PAD, TILE, IN_PLACE, MASKED,
     )  # fmt: skip
     if MASKED or DIM_PAD != HEAD_DIM:
         inside = (there if MASKED else step >= 0)[:, None] & has_dim[None, :]
@@ -242,6 +260,7 @@ def attend(
     out_row,
     out_head,
     frame_stride,
+    pool_offset,
     blocks,
     found_rows,
     split_tokens,
@@ -257,6 +276,7 @@ def attend(
     TILE: tl.constexpr,
     DIRECT: tl.constexpr,
     BY_ITEM: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     SINKS: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -306,8 +326,8 @@ def attend(
         for tile in range(start, stop, TILE):
             best, total, sums = _fold(
                 queries, best, total, sums, frames, table, tile, begin, end, at, frame_stride,
-                scale, soft_cap, window, kv_head, KV_HEADS, HEAD_DIM, BLOCK_TOKENS, DIM_PAD, TILE,
-                SOFT_CAP, UPCAST, part != 1,
+                pool_offset, scale, soft_cap, window, kv_head, KV_HEADS, HEAD_DIM, BLOCK_TOKENS,
+                DIM_PAD, TILE, IN_PLACE, SOFT_CAP, UPCAST, part != 1,
             )  # fmt: skip
 
     if DIRECT and SINKS:

@@ -16,8 +16,9 @@ from torch.utils.dlpack import from_dlpack
 from pie import _core
 from pie._core import ConfigError
 
-# Of each range of bytes that a kernel uses: a tensor over it, and whether it is written.
-Uses = Callable[[], Iterable[tuple[torch.Tensor, bool]]]
+# A range that a kernel uses: its address, its bytes, and whether it is written.
+Use = tuple[int, int, bool]
+Uses = Callable[[], Iterable[Use]]
 
 
 _LAUNCHED_MOST = 4096
