@@ -37,10 +37,12 @@ constexpr std::size_t fences_kept = 256;           // until somebody looks which
 constexpr Nanos anchor_ns_max = 4'000'000'000;  // floats of milliseconds are exact to 0.5 us there
 constexpr std::chrono::microseconds nap(20);
 
-// What a ticket leaves on its lane's stream.
+// What a ticket leaves on its lane's stream. Loads alone are timed from their beginning: each event
+// costs the host about what a launch does.
 struct Marks {
   Event began;
   Event ended;
+  Nanos submitted_ns = 0;
 };
 using Tickets = Ledger<Marks>;
 
@@ -107,6 +109,7 @@ class Cuda final : public Backend {
   void end(Tickets::Entry& entry);
   void abandon();
   [[nodiscard]] Nanos time_of(const Event& event);
+  [[nodiscard]] Nanos began_at(const Marks& marks);
 
   const Driver driver_;
   const Bytes stride_;
@@ -121,6 +124,7 @@ class Cuda final : public Backend {
   Events events_;
   Event anchor_;  // whose time on the host's clock is known
   Nanos anchor_ns_ = 0;
+  Nanos write_ended_ns_ = 0;  // of the last ticket of device_to_pool that is known to have ended
   Tickets tickets_;
   std::deque<Pending> fences_;   // in the order of their ids
   std::vector<CUdeviceptr> to_;  // of one batch, as the next two
@@ -309,9 +313,11 @@ void Cuda::enqueue(Tickets::Entry& entry) {
   for (const Dep& dep : entry.after) order(stream, dep);
   if (!lost_.empty()) return;  // what it could not wait for it must not follow
   Marks& marks = entry.work;
-  if (check(events_.take(true, marks.began), "making an event") &&
-      check(events_.take(true, marks.ended), "making an event") &&
-      check(driver_.event_record(marks.began.handle, stream), "recording an event")) {
+  const bool load = entry.completion.ticket.lane == Lane::pool_to_device;
+  marks.submitted_ns = now();
+  if (check(events_.take(true, marks.ended), "making an event") &&
+      (!load || (check(events_.take(true, marks.began), "making an event") &&
+                 check(driver_.event_record(marks.began.handle, stream), "recording an event")))) {
     copy(stream, entry.copies);
     check(driver_.event_record(marks.ended.handle, stream), "recording an event");
   }
@@ -448,11 +454,17 @@ void Cuda::reap_lane(Lane lane) {
     Tickets::Entry& entry = live.begin()->second;
     const CUresult result = driver_.event_query(entry.work.ended.handle);
     if (result == CUDA_ERROR_NOT_READY || !check(result, "copying")) return;
-    entry.completion.began = std::min(time_of(entry.work.began), now());
+    entry.completion.began = std::min(began_at(entry.work), now());
     entry.completion.ended = std::clamp(time_of(entry.work.ended), entry.completion.began,
                                         std::max(entry.completion.began, now()));
+    if (lane == Lane::device_to_pool) write_ended_ns_ = entry.completion.ended;
     end(entry);
   }
+}
+
+Nanos Cuda::began_at(const Marks& marks) {
+  if (marks.began.handle != nullptr) return time_of(marks.began);
+  return std::max(marks.submitted_ns, write_ended_ns_);
 }
 
 // Those of a stream pass in turn.

@@ -122,27 +122,25 @@ void Transfers::order(Ticket& ticket) {
   ticket = {};
 }
 
-// With a fence on each side of it, so that what it takes is known; but where nobody has looked for
-// long which have passed.
+// Behind a fence, so that what it takes is known: from when that passes until the ticket ends. But
+// not where nobody has looked for long which have.
 void Transfers::depend(Ticket ticket) {
-  if (halts_.size() == halts_max) return backend_.depend(stream_, {{}, ticket});
-  const Fence before = backend_.record(stream_, Timing::wanted);
+  if (halts_.size() < halts_max) {
+    halts_.push_back({backend_.record(stream_, Timing::wanted), ticket});
+  }
   backend_.depend(stream_, {{}, ticket});
-  halts_.push_back({before, backend_.record(stream_, Timing::wanted)});
 }
 
-// A fence of a halt has passed: the one before always first.
+// A fence has passed, or a ticket ended, that a halt may have been told by.
 void Transfers::pass(const Completion& completion) {
-  const auto found = std::ranges::find_if(halts_, [&](const Halt& halt) {
-    return halt.before == completion.fence || halt.behind == completion.fence;
+  const bool fence = completion.ticket.id == 0;
+  std::erase_if(halts_, [&](Halt& halt) {
+    if (fence ? halt.before != completion.fence : halt.ticket != completion.ticket) return false;
+    (fence ? halt.began_ns : halt.ended_ns) = completion.ended;
+    if (!halt.began_ns || !halt.ended_ns) return false;
+    stall_ns_ += std::max<Nanos>(0, *halt.ended_ns - *halt.began_ns);
+    return true;
   });
-  if (found == halts_.end()) return;
-  if (found->before == completion.fence) {
-    found->began = completion.ended;
-    return;
-  }
-  stall_ns_ += completion.ended - found->began;
-  halts_.erase(found);
 }
 
 void Transfers::before_read(FrameIndex device) {
@@ -332,7 +330,8 @@ std::string Transfers::take_error(Branch& branch) {
 }
 
 void Transfers::end(const Completion& completion) {
-  if (completion.ticket.id == 0) return pass(completion);
+  if (!halts_.empty()) pass(completion);
+  if (completion.ticket.id == 0) return;
   if (streams_ && completion.status != Status::ok && lost_.empty()) {
     const bool load = completion.ticket.lane == Lane::pool_to_device;
     lost_ = std::string("a copy ") + (load ? "from" : "to") +

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <unordered_map>
@@ -132,11 +133,13 @@ class Transfers {
     Ticket departure;  // copies it to the pool
   };
 
-  // A stream's wait for a copy: fences before and behind it, and when the first passed.
+  // A stream's wait for a copy: the fence before it, and when that passed and the copy ended, as
+  // far as it is known.
   struct Halt {
     Fence before;
-    Fence behind;
-    Nanos began = 0;
+    Ticket ticket;
+    std::optional<Nanos> began_ns = {};
+    std::optional<Nanos> ended_ns = {};
   };
 
   // A ticket of `fetch` under way.

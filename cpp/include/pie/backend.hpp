@@ -69,7 +69,8 @@ struct Duplicate {
 enum class Status : std::uint8_t { ok, failed, corrupt };
 
 // A batch of copies has ended, or a fence whose time was wanted has passed (then `ticket` is none).
-// `error` is an errno value where `status` is not ok.
+// `error` is an errno value where `status` is not ok. Where a backend does not time when a batch of
+// device_to_pool began, `began` is since when it could.
 struct Completion {
   Ticket ticket;
   Fence fence;
