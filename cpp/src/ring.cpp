@@ -14,6 +14,7 @@ namespace pie {
 void Ring::reshape(FrameRun frames, std::uint32_t segment_frames) {
   if (frames == frames_ && segment_frames == segment_frames_) return;
   const std::uint32_t count = (frames.count + segment_frames - 1) / segment_frames;
+  require(count <= segments_max, "Ring::reshape: more segments than a flight can name.");
   segments_.reserve(count);  // there may be no memory for it
   const bool same = frames.end() == frames_.end() && segment_frames == segment_frames_;
   frames_ = frames;
@@ -37,10 +38,11 @@ void Ring::reshape(FrameRun frames, std::uint32_t segment_frames) {
 void Ring::leave(std::uint32_t first) {
   std::erase_if(queue_, [&](const Load& load) { return load.segment >= first; });
   for (Flight& flight : flights_) {
-    if (flight.segment < first || flight.segment == no_segment) continue;
-    flight.segment = no_segment;
+    const std::uint32_t left = flight.segments >> first << first;
+    flight.segments &= ~left;
+    flight.strays = flight.strays || left != 0;
     for (const Load& load : flight.loads) {
-      for (std::uint32_t i = 0; i < load.count; ++i) {
+      for (std::uint32_t i = 0; (left >> load.segment & 1U) != 0 && i < load.count; ++i) {
         transfers_.guard_device(load.device + i, flight.ticket);
       }
     }
@@ -56,9 +58,7 @@ std::uint32_t Ring::frames_in_use() const {
   return frames;
 }
 
-bool Ring::strays() const {
-  return std::ranges::any_of(flights_, [](const Flight& f) { return f.segment == no_segment; });
-}
+bool Ring::strays() const { return std::ranges::any_of(flights_, &Flight::strays); }
 
 // ---- asking -------------------------------------------------------------------------------------
 
@@ -84,53 +84,64 @@ std::uint32_t Ring::ask(Branch& branch, std::uint32_t layer, std::uint32_t first
   asked_.push_back(
       {&branch, layer, first_block, fits, segment.frames.first + segment.filled, open_, {}});
   segment.filled += fits;
-  if (segment.filled == segment.frames.count) close();
+  ++segment.unread;
+  if (segment.filled < segment.frames.count) return fits;
+  open_ = no_segment;
+  if (!streams_) submit();
   return fits;
 }
 
 void Ring::close() {
-  if (open_ == no_segment) return;
-  const std::uint32_t index = std::exchange(open_, no_segment);
+  open_ = no_segment;
+  submit();
+}
+
+void Ring::submit() {
+  if (asked_.empty()) return;
   std::vector<Load> loads = std::exchange(asked_, std::exchange(spare_, {}));
   const std::size_t before = queue_.size();
   try {
-    list_deps(index);
+    std::uint32_t into = 0;
+    for (const Load& load : loads) into |= 1U << load.segment;
+    list_deps(into);
     queue_.insert(queue_.end(), loads.begin(), loads.end());
-    const Ticket ticket = submit(index, std::move(loads));
+    const Ticket ticket = start(into, std::move(loads));
     for (std::size_t i = before; i < queue_.size(); ++i) queue_[i].ticket = ticket;
   } catch (...) {
+    for (const Load& load : loads) drop(load);  // those that were not handed on
+    for (std::size_t i = before; i < queue_.size(); ++i) drop(queue_[i]);
     queue_.resize(before);
     throw;
   }
-  segments_[index].unread += static_cast<std::uint32_t>(queue_.size() - before);
 }
 
-// What the copies into a segment wait for.
-void Ring::list_deps(std::uint32_t index) {
-  const Segment& segment = segments_[index];
-  std::vector<Dep>& deps = deps_;
-  deps.clear();
+// What copies into segments, a bit each, wait for.
+void Ring::list_deps(std::uint32_t into) {
+  deps_.clear();
+  bool fresh = false;
+  for (std::uint32_t i = 0; i < segments_.size(); ++i) {
+    if ((into >> i & 1U) == 0) continue;
+    const Segment& segment = segments_[i];
+    fresh = fresh || segment.fresh;
+    const auto same = [&](const Dep& dep) { return dep.fence == segment.readers; };
+    if (!segment.fresh && std::ranges::none_of(deps_, same)) deps_.push_back({segment.readers, {}});
+    for (std::uint32_t f = 0; segment.fresh && streams_ && f < segment.frames.count; ++f) {
+      transfers_.add_guards(segment.frames.first + f, deps_);
+    }
+  }
+  if (fresh && streams_) deps_.push_back({transfers_.fence(), {}});
   // From the last on: on a stream the last copies into a segment wait for those before them, and
   // the host runs far ahead of all.
-  bool last = false;
   for (const Flight& flight : flights_ | std::views::reverse) {
-    const bool stray = segment.fresh && flight.segment == no_segment;
-    if (!stray && (flight.segment != index || (last && streams_))) continue;
-    deps.push_back({{}, flight.ticket});
-    last = last || !stray;
-  }
-  if (segment.fresh && streams_) {
-    for (std::uint32_t i = 0; i < segment.frames.count; ++i) {
-      transfers_.add_guards(segment.frames.first + i, deps);
-    }
-    deps.push_back({transfers_.fence(), {}});
-  } else {
-    deps.push_back({segment.readers, {}});
+    const bool stray = fresh && flight.strays;
+    if (!stray && (flight.segments & into) == 0) continue;
+    deps_.push_back({{}, flight.ticket});
+    if (streams_) into &= ~flight.segments;
   }
 }
 
-// One ticket for loads of one segment, after what is listed.
-Ticket Ring::submit(std::uint32_t index, std::vector<Load> loads) {
+// One ticket for loads into these segments, after what is listed.
+Ticket Ring::start(std::uint32_t into, std::vector<Load> loads) {
   copies_.clear();
   for (const Load& load : loads) {
     const PoolRun* run = &load.branch->layers[load.layer].run_at(load.first_block);
@@ -144,8 +155,8 @@ Ticket Ring::submit(std::uint32_t index, std::vector<Load> loads) {
   }
   flights_.reserve(flights_.size() + 1);  // from here on nothing is forgotten
   const Ticket ticket = transfers_.fetch(copies_, deps_);
-  segments_[index].fresh = false;
-  flights_.push_back({ticket, index, false, std::move(loads)});
+  for (const Load& load : loads) segments_[load.segment].fresh = false;
+  flights_.push_back({ticket, into, false, false, std::move(loads)});
   return ticket;
 }
 
@@ -202,6 +213,7 @@ void Ring::drop_all() {
 }
 
 void Ring::drop_asked() {
+  for (const Load& load : asked_) drop(load);
   asked_.clear();
   open_ = no_segment;
 }
@@ -306,7 +318,7 @@ void Ring::retry(const Completion& completion) {
     queue_.push_front(load);
     ++segments_[load.segment].unread;
     try {
-      queue_.front().ticket = submit(load.segment, {load});
+      queue_.front().ticket = start(1U << load.segment, {load});
     } catch (...) {
       drop(load);
       queue_.pop_front();

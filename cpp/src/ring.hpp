@@ -2,9 +2,11 @@
 //
 // A streamed block stays in the pool. Each time it is to be read, a load copies it, with blocks
 // next to it, into adjacent frames of the ring. Loads are asked for in the order of reading and
-// fill one segment of the ring after another; a segment is one ticket of many copies. It is filled
-// anew once all its loads were read, or dropped, after the fence behind its readers and after the
-// copies into it that are still under way: so nobody waits before the segment is read.
+// fill one segment of the ring after another. Where the caller computes, a ticket of many copies
+// fills a segment; on a stream, where each costs the caller calls and a layer is read at once, all
+// of a layer that there is room for. A segment is filled anew once all its loads were read, or
+// dropped, after the fence behind its readers and after the copies into it that are still under
+// way: so nobody waits before the segment is read.
 //
 // The ring lies at the end of the arena and its segments are counted from there, so that it grows
 // and shrinks, by segments, without moving what is in it.
@@ -56,10 +58,12 @@ class Ring {
   [[nodiscard]] bool strays() const;
 
   // Has blocks fetched, as many of them as the segment that is being filled still holds, or else
-  // the next free one; returns how many, 0 where no segment is free. Copies start with `close`, or
-  // when a segment is full.
+  // the next free one; returns how many, 0 where no segment is free. Copies start with `submit`, or
+  // with `close`, which gives up the rest of the segment, or where the caller computes when the
+  // segment is full.
   std::uint32_t ask(Branch& branch, std::uint32_t layer, std::uint32_t first_block,
                     std::uint32_t count);
+  void submit();
   void close();
 
   // The load that holds a block and was not taken; null: there is none.
@@ -117,8 +121,9 @@ class Ring {
   // A ticket under way: its loads as they were asked for.
   struct Flight {
     Ticket ticket;
-    std::uint32_t segment = 0;
-    bool ordered = false;  // the stream waits for it
+    std::uint32_t segments = 0;  // that it fills, a bit each
+    bool strays = false;         // some of what it fills was given up
+    bool ordered = false;        // the stream waits for it
     std::vector<Load> loads;
   };
 
@@ -126,12 +131,13 @@ class Ring {
   template <typename Change>
   void change(const Change& drops);
   [[nodiscard]] bool open();
-  Ticket submit(std::uint32_t segment, std::vector<Load> loads);
-  void list_deps(std::uint32_t segment);
+  Ticket start(std::uint32_t into, std::vector<Load> loads);
+  void list_deps(std::uint32_t into);
   void retry(const Completion& completion);
   void leave(std::uint32_t first_segment);
 
   static constexpr std::uint32_t no_segment = 0xffffffff;
+  static constexpr std::uint32_t segments_max = 31;
 
   Transfers& transfers_;
   const bool streams_;
@@ -140,7 +146,7 @@ class Ring {
   std::vector<Segment> segments_;
   std::deque<Load> queue_;  // in the order of reading
   std::vector<Flight> flights_;
-  std::vector<Load> asked_;  // of the open segment, not submitted
+  std::vector<Load> asked_;  // not submitted
   std::vector<Load> spare_;  // empty; kept for its memory, as are the next two between calls
   std::vector<Copy> copies_;
   std::vector<Dep> deps_;

@@ -65,7 +65,8 @@ void Scheduler::begin(std::span<const Growth> batch, const StepShape& shape) {
   admit(now, plan, set_aside);
 
   plan_ = std::move(plan);
-  apply(plan_);
+  write_together([&] { apply(plan_); });
+  if (capabilities_.streams) land();  // what was written goes
   divide(shape.staging_frames, plan_.ring_frames - lent_frames());
   for (Growth& growth : batch_) open_tail(growth);
   if (shape.whole_layers) settle_plan();
@@ -239,6 +240,19 @@ void Scheduler::admit_on_device(const Snapshot& snapshot, const Plan& plan,
                : "Nothing may be pooled under policy '" + policy_->name() + "' with a pool of " +
                      sized(std::uint64_t{snapshot.pool_frames} * stride) +
                      ": give a pool (pool_bytes) with policy 'fit', or raise device_bytes."));
+}
+
+// On a stream what `write` writes goes in few tickets, or where it throws not at all.
+template <typename Write>
+void Scheduler::write_together(const Write& write) {
+  transfers_.hold_writes();
+  try {
+    write();
+  } catch (...) {
+    transfers_.drop_writes();
+    throw;
+  }
+  transfers_.submit_writes();
 }
 
 void Scheduler::apply(const Plan& plan) {
@@ -869,7 +883,8 @@ void Scheduler::pump() {
   if (ring_.empty()) ahead_ = false;
   std::uint32_t layer = cursor_.layer;
   while (seek_pooled()) {
-    if (shape_.whole_layers && cursor_.layer != layer) ring_.close();
+    if (cursor_.layer != layer && capabilities_.streams) ring_.submit();
+    if (cursor_.layer != layer && shape_.whole_layers) ring_.close();
     layer = cursor_.layer;
     const Load* load = ahead_ ? ring_.find(key_at_cursor()) : nullptr;
     const std::uint32_t count =
@@ -912,16 +927,11 @@ void Scheduler::finish() {
 
 void Scheduler::look_ahead() {
   const std::vector<Growth> grown = close_batch();  // what is thrown from here on finds no step
-  for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
-    transfers_.hold_writes();
-    try {
+  write_together([&] {
+    for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
       for (const Growth& growth : grown) write_grown(growth, layer);
-    } catch (...) {
-      transfers_.drop_writes();
-      throw;
     }
-    transfers_.submit_writes();
-  }
+  });
   grow_ahead();
   drop_unseen();
   land();

@@ -175,6 +175,8 @@ class Scheduler {
   void admit(const Snapshot& snapshot, const Plan& plan, std::uint32_t staging_frames);
   void admit_on_device(const Snapshot& snapshot, const Plan& plan, std::uint32_t staging_frames,
                        const std::string& what) const;
+  template <typename Write>
+  void write_together(const Write& write);
   void apply(const Plan& plan);
   void set_streamed(Branch& branch, std::span<const std::uint32_t> layers, std::uint32_t frames);
   void set_streamed(Branch& branch, std::uint32_t layer, std::uint32_t streamed);

@@ -15,6 +15,7 @@ namespace {
 
 constexpr Nanos wait_ns_max = 1'000'000'000;
 constexpr std::size_t halts_max = 1024;
+constexpr Bytes held_bytes_most = Bytes{16} << 20;  // of writes that may end together
 
 std::uint64_t key_of(Ticket ticket) {
   return ticket.id * lane_count + static_cast<std::uint64_t>(ticket.lane);
@@ -48,6 +49,7 @@ Transfers::Transfers(Backend& backend, BlockMap& map)
     : backend_(backend),
       map_(map),
       streams_(backend.capabilities().streams),
+      held_frames_most_(held_bytes_most / std::max<Bytes>(1, backend.capabilities().frame_stride)),
       guards_(map.device().capacity()) {
   halts_.reserve(halts_max);
 }
@@ -242,10 +244,16 @@ void Transfers::write(Branch& branch, std::uint32_t layer, std::uint32_t first_b
     put_back(transfer);
     throw;
   }
+  held_frames_ += count;
+  if (held_frames_ >= held_frames_most_) submit_held();
 }
 
 void Transfers::submit_writes() {
   holding_ = false;
+  submit_held();
+}
+
+void Transfers::submit_held() {
   if (held_.empty()) return;
   try {
     landing_.reserve(landing_.size() + held_.size());
@@ -256,12 +264,14 @@ void Transfers::submit_writes() {
   }
   for (const Transfer& transfer : held_) commit(transfer);
   held_.clear();
+  held_frames_ = 0;
 }
 
 void Transfers::drop_writes() {
   holding_ = false;
   for (const Transfer& transfer : held_) put_back(transfer);
   held_.clear();
+  held_frames_ = 0;
 }
 
 // Where the backend throws, the blocks are as they were.

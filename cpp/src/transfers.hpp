@@ -51,8 +51,9 @@ class Transfers {
   void write(Branch& branch, std::uint32_t layer, std::uint32_t first_block,
              const std::vector<FrameIndex>& pool_frames, bool optional);
 
-  // On a stream: what is written from here on is one ticket, which `submit_writes` submits and
-  // `drop_writes` takes back. Between them those blocks are neither clean nor dirty.
+  // On a stream: what is written from here on is one ticket, or a few where it is much, which
+  // `submit_writes` submits and `drop_writes` takes back. Between them those blocks are neither
+  // clean nor dirty.
   void hold_writes() { holding_ = streams_; }
   void submit_writes();
   void drop_writes();
@@ -157,6 +158,7 @@ class Transfers {
   void order(Ticket& ticket);
   void start(const Transfer& transfer);
   void submit(std::span<const Transfer> group);
+  void submit_held();
   void end(const Completion& completion);
   void pass(const Completion& completion);
   void commit(const Transfer& transfer);
@@ -170,6 +172,8 @@ class Transfers {
   const bool streams_;
   std::vector<Transfer> held_;  // writes of the next ticket
   bool holding_ = false;
+  std::uint64_t held_frames_ = 0;
+  const std::uint64_t held_frames_most_;
   std::vector<Fetch> fetching_;      // a handful
   std::vector<Completion> fetched_;  // those that have ended, until they are taken
   std::vector<Guard> guards_;        // by device frame; for streams
