@@ -297,6 +297,60 @@ TEST(CudaSwarm, NoOrderOfDoingThingsIsSeen) {
   }
 }
 
+// Computes nothing.
+class Idle final : public LayerKernel {
+ public:
+  void append(const Append& /*rows*/) override {}
+  void attend(std::uint32_t /*layer*/, std::span<const KvPiece> /*pieces*/) override {}
+};
+
+// What a decode step of 256 sequences through 60 layers, half of whose KV is streamed, asks of the
+// driver: two loads a layer, what is left of one layer and what there is room for of the next, and
+// a write or two a step.
+TEST(CudaSteps, CostFewCalls) {
+  constexpr std::uint32_t sequences = 256;
+  constexpr std::uint32_t layers = 60;
+  constexpr std::uint32_t tokens = 80;
+  constexpr std::uint32_t steps = 4;
+  const Geometry geometry{layers, 1, 8, 16, DType::bf16};
+  const Bytes stride = geometry.frame_bytes();
+  const Bytes frames = sequences * layers * (tokens / 16 + 2);
+  fake::set_order(fake::Order::latest, 1);
+  auto backend = std::make_unique<Watched>(open_cuda({.frame_bytes = stride,
+                                                      .device_bytes = frames * stride,
+                                                      .pool_bytes = frames * stride,
+                                                      .driver = testing::driver_name()}),
+                                           Bug::none);
+  CUstream stream = Caller::get().stream(1);
+  Cache cache(geometry, "fixed:0.5", std::move(backend));
+  cache.set_stream({reinterpret_cast<std::uintptr_t>(stream)});
+  Idle kernel;
+  const auto step = [&](std::span<const StepEntry> batch) {
+    cache.begin(batch, Reader::kernel);
+    for (std::uint32_t layer = 0; layer < layers; ++layer) cache.run(layer, kernel);
+    cache.finish();
+    Caller::get().synchronize(stream);
+  };
+  std::vector<StepEntry> batch;
+  for (std::uint32_t i = 0; i < sequences; ++i) batch.push_back({cache.add(), tokens - i % 16});
+  step(batch);
+  for (StepEntry& entry : batch) entry.new_tokens = 1;
+  for (int i = 0; i < 3; ++i) step(batch);
+  auto made = fake::calls_by_name();
+  for (auto& [name, count] : made) count = 0 - count;
+  for (std::uint32_t i = 0; i < steps; ++i) step(batch);
+  for (const auto& [name, count] : fake::calls_by_name()) made[name] += count;
+  const auto a_layer = [&](const char* name) {
+    return static_cast<double>(made[name]) / (steps * layers);
+  };
+  const double copies = a_layer("cuMemcpyBatchAsync") + a_layer("cuMemcpyAsync");
+  std::cout << copies << " copies' submissions and " << a_layer("cuEventRecord")
+            << " events a layer\n";
+  EXPECT_LE(copies, 2.1);
+  EXPECT_LE(a_layer("cuEventRecord"), 6.5);
+  EXPECT_EQ(fake::take_violations(), std::vector<std::string>());
+}
+
 class PlantedBug : public ::testing::TestWithParam<Bug> {};
 
 // In a few histories, by a race if not by what is read.

@@ -273,9 +273,9 @@ class LaunchesNothing(gpu_double.Double):
         self.launches += 1
 
 
-@pytest.mark.parametrize(("policy", "copies", "records"), [("off", 0, 0), ("fixed:0.5", 2, 6)])
+@pytest.mark.parametrize(("policy", "copies", "records"), [("off", 0, 0), ("fixed:0.5", 2.05, 6)])
 def test_calls_of_the_driver_a_layer(
-    double: Any, monkeypatch: pytest.MonkeyPatch, policy: str, copies: int, records: int
+    double: Any, monkeypatch: pytest.MonkeyPatch, policy: str, copies: float, records: int
 ) -> None:
     monkeypatch.setattr(runtime, "make", LaunchesNothing)
     layers, sequences, tokens, steps = 8, 64, 250, 10  # in one of them all fill a block
