@@ -3,7 +3,8 @@
 What tests show over a double of the driver and in Triton's interpreter is run for real: the
 backend's conformance suite, the kernels against a reference, tokens of a model against the cache of
 transformers. Then what only a GPU can tell: the link by size of copy, the rate of attention beside
-torch's, and whether a step that streams is slower than one that does not. One report, as JSON.
+torch's, and whether a step that streams is slower than one that does not. One report: JSON, and a
+page.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,14 +65,14 @@ def machine() -> Report:
 # ---- is it right
 
 
-def conformance() -> Report:
-    """The backend's suite over the real driver."""
+def conformance(under: Sequence[str] = (), tests: str = "CudaEarliest/*") -> Report:
+    """The backend's suite over the real driver, or the one that PIE_TEST_DRIVER names."""
     program = os.environ.get("PIE_TEST_CUDA", str(ROOT / "build/release/test_cuda"))
     if not Path(program).exists():
         return {"ok": False, "said": f"{program} was not built"}
     ran = subprocess.run(
-        [program, "--gtest_filter=CudaEarliest/*", "--gtest_brief=1"],
-        env={**os.environ, "PIE_TEST_DRIVER": "libcuda.so.1"},
+        [*under, program, f"--gtest_filter={tests}", "--gtest_brief=1"],
+        env={"PIE_TEST_DRIVER": "libcuda.so.1", **os.environ},
         capture_output=True,
         text=True,
         check=False,
@@ -79,7 +81,16 @@ def conformance() -> Report:
     return {"ok": ran.returncode == 0, "said": ran.stdout[-3000:] + ran.stderr[-1000:]}
 
 
-Case = tuple[torch.dtype, int, int, int, int]  # dtype, kv_heads, heads, head_dim, window
+def sanitizer() -> Report:
+    """A few of the same tests under compute-sanitizer, where that is installed."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return {"said": "compute-sanitizer is not there"}
+    return conformance([tool, "--error-exitcode=9"], "CudaEarliest/*ComeBack*:CudaEarliest/*Wait*")
+
+
+# dtype, kv_heads, heads, head_dim, window
+Case = tuple[torch.dtype, int, int, int, int]
 
 CASES: list[Case] = [
     (torch.bfloat16, 8, 32, 128, 0),
@@ -108,10 +119,10 @@ def reference(
     return torch.einsum("hrt,thd->rhd", scores.softmax(-1), v), scores.logsumexp(-1).T
 
 
-def kernel_case(case: Case) -> Report:
+def kernel_case(case: Case, share: float = 0, tokens: int = 64) -> Report:
     """Prompts and tokens of two sequences, most of their KV streamed, against float64."""
     dtype, kv_heads, heads, dim, window = case
-    layers, tokens = 2, 64
+    layers = 2
     frame = 2 * kv_heads * tokens * dim * dtype.itemsize
     cache = pie.TieredKVCache(
         layers,
@@ -119,10 +130,11 @@ def kernel_case(case: Case) -> Report:
         dim,
         dtype,
         GPU,
-        device_bytes=frame * 40,
-        pool_bytes=frame * 200,
+        device_bytes=frame * 40 * 64 // tokens,
+        pool_bytes=frame * 200 * 64 // tokens,
         block_tokens=tokens,
         windows=[window] * layers,
+        in_place_share=share,
     )
     generator = torch.Generator(GPU).manual_seed(1)
 
@@ -153,20 +165,26 @@ def kernel_case(case: Case) -> Report:
                     worst_lse = max(worst_lse, float((lse[mine] - wanted_lse).abs().max()))
                     first += new
     cache.check()
-    streamed = cache.stats().streamed_bytes
+    stats = cache.stats()
+    streamed, in_place = stats.streamed_bytes, stats.in_place_bytes
     cache.close()
     bound = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     return {
-        "case": [str(dtype), kv_heads, heads, dim, window],
+        "case": [str(dtype), kv_heads, heads, dim, window, share, tokens],
         "error": worst,
         "lse_error": worst_lse,
         "streamed_bytes": streamed,
-        "ok": worst < bound and worst_lse < 1e-2 and (streamed > 0 or window > 0),
+        "in_place_bytes": in_place,
+        "ok": worst < bound
+        and worst_lse < 1e-2
+        and (streamed > 0 or window > 0)
+        and (in_place > 0 or share == 0),
     }
 
 
 def kernels() -> Report:
     cases = [kernel_case(case) for case in CASES]
+    cases += [kernel_case(case, 0.5, size) for case in CASES[:3] for size in (16, 64)]
     return {"ok": all(case["ok"] for case in cases), "cases": cases}
 
 
@@ -266,7 +284,12 @@ def link() -> Report:
 
 
 def filled(
-    lengths: list[int], layers: int, policy: str, device_bytes: int, pool_bytes: int
+    lengths: list[int],
+    layers: int,
+    policy: str,
+    device_bytes: int,
+    pool_bytes: int,
+    share: float | None = None,
 ) -> tuple[pie.TieredKVCache, list[int]]:
     """A cache of Llama-8B's geometry whose sequences have these lengths."""
     cache = pie.TieredKVCache(
@@ -279,6 +302,7 @@ def filled(
         pool_bytes=pool_bytes,
         block_tokens=64,
         policy=policy,
+        in_place_share=share,
     )
     sequences = [cache.add() for _ in lengths]
     for sequence, length in zip(sequences, lengths, strict=True):
@@ -363,6 +387,35 @@ def attention() -> Report:
         }
         del keys, values
     return results
+
+
+def in_place() -> Report:
+    """The decode kernel where a share of the KV is read in CPU memory: GB/s of all KV, and against
+    none. What `in_place_share` says pays is the last at which nothing is lost.
+    """
+    batch, length, layers = 64, 2048, 2
+    kv = 2 * 8 * 128 * 2 * length * batch
+    q = torch.randn(batch, 32, 128, device=GPU, dtype=torch.bfloat16)
+    k, v = (torch.randn(batch, 8, 128, device=GPU, dtype=torch.bfloat16) for _ in range(2))
+    rates: dict[float, float] = {}
+    for share in (0.0, 0.04, 0.1, 0.2, 0.5):
+        policy = f"fixed:{share}" if share else "off"
+        cache, sequences = filled([length] * batch, layers, policy, 3 * kv, 3 * kv, share)
+        spy = Spy(cache)
+        for _ in range(3):
+            with cache.step([(sequence, 1) for sequence in sequences]):
+                for layer in range(layers):
+                    cache.attend(layer, q, k, v)
+
+        def again(spy: Spy = spy) -> None:
+            for _ in range(10):
+                spy.again()
+
+        read = cache.stats().in_place_bytes / 3 / layers / kv
+        rates[round(read, 3)] = rate_of(again, 10 * kv) / 1e9
+        cache.close()
+    none = rates[0.0]
+    return {"gb_s": rates, "against_none": {share: rate / none for share, rate in rates.items()}}
 
 
 def prompt() -> Report:
@@ -529,19 +582,45 @@ def transparency(rounds: int = 9, batch: int = 256, length: int = 3072) -> Repor
 SECTIONS: dict[str, Callable[[], Report]] = {
     "machine": machine,
     "conformance": conformance,
+    "sanitizer": sanitizer,
     "kernels": kernels,
     "tokens": tokens,
     "link": link,
     "attention": attention,
+    "in_place": in_place,
     "prompt": prompt,
     "transparency": transparency,
 }
 
 
+def entries(found: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Of what was found each number, by all its names."""
+    parts = found.items() if isinstance(found, dict) else enumerate(found)
+    for key, value in parts:
+        full = f"{name} {key}".strip()
+        if isinstance(value, dict | list):
+            yield from entries(value, full)
+        else:
+            yield full, f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def page(report: Report) -> str:
+    """The report as Markdown: a table a section."""
+    lines = ["# Pie on " + str(report.get("machine", {}).get("gpu", "a GPU"))]
+    for name, found in report.items():
+        lines += ["", f"## {name}", "", "| what | found |", "| --- | --- |"]
+        for key, value in entries(found):
+            words = " ".join(value.split()).replace("|", "/")
+            lines.append(f"| {key} | {words[:300]} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", choices=SECTIONS, help="these parts")
-    parser.add_argument("--report", type=Path, help="where the report goes, as JSON")
+    parser.add_argument(
+        "--report", type=Path, help="where the report goes, as JSON, and a page beside it"
+    )
     arguments = parser.parse_args()
     report: Report = {}
     failed = False
@@ -556,6 +635,7 @@ def main() -> int:
         print(json.dumps(report[name], indent=1), flush=True)
         if arguments.report is not None:
             arguments.report.write_text(json.dumps(report, indent=1) + "\n")
+            arguments.report.with_suffix(".md").write_text(page(report))
     return int(failed)
 
 

@@ -7,6 +7,7 @@ A GPU itself is not needed here; `make gpu-check` says how the same is run on on
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import subprocess
@@ -495,6 +496,31 @@ def test_one_stream_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
             step()
         monkeypatch.undo()
         assert cache.length(sequence) == 0
+
+
+# ---- the command for a machine with a GPU --------------------------------------------------------
+
+
+def test_gpu_check_runs_to_its_end(tmp_path: Path) -> None:
+    """The part of it that needs no torch for CUDA, over the double."""
+    program = gpu_double.DOUBLE.parent / "test_cuda"
+    if not program.exists():
+        pytest.skip("the tests of the core are not built")
+    report = tmp_path / "report.json"
+    command = [str(gpu_double.ROOT / "bench/gpu_check.py"), "--report", str(report)]
+    over = {"PIE_TEST_DRIVER": str(gpu_double.DOUBLE), "PIE_TEST_CUDA": str(program)}
+    ran = subprocess.run(
+        [sys.executable, *command, "--only", "conformance", "sanitizer"],
+        env={**os.environ, **over},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    told = json.loads(report.read_text())
+    assert told["conformance"]["ok"] is True
+    assert "PASSED" in told["conformance"]["said"]
+    assert "## conformance" in report.with_suffix(".md").read_text()
 
 
 # ---- for real processors ------------------------------------------------------------------------
