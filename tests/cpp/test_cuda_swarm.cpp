@@ -9,6 +9,7 @@
 #include <iostream>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -34,6 +35,8 @@ struct Tally {
   std::uint64_t schedules = 0;  // steps, each in an order of its own
   std::uint64_t streamed = 0;   // frames
   std::uint64_t in_place = 0;   // frames
+  std::uint64_t wraps = 0;      // of the ring
+  std::uint64_t dropped = 0;    // frames prefetched, overwritten unread
   std::uint64_t aborts = 0;
   std::uint64_t forks = 0;
   std::uint64_t resizes = 0;
@@ -58,6 +61,18 @@ class Watched final : public Backend {
 
   [[nodiscard]] std::uint64_t waits() const { return waits_; }
 
+  // Loads into frames before those of the load before, and frames loaded that were loaded before
+  // and not read since.
+  [[nodiscard]] std::uint64_t wraps() const { return wraps_; }
+  [[nodiscard]] std::uint64_t dropped() const { return dropped_; }
+
+  // What lies there is read; perhaps not on the device.
+  void note_read(const std::byte* at) {
+    const std::ptrdiff_t bytes = at - inner_->address(0);
+    const auto stride = static_cast<std::ptrdiff_t>(inner_->capabilities().frame_stride);
+    if (bytes >= 0) unread_.erase(bytes / stride);
+  }
+
   [[nodiscard]] Capabilities capabilities() const override {
     Capabilities all = inner_->capabilities();
     all.copy_bytes_best = 2048;  // so that small caches have segments
@@ -74,6 +89,7 @@ class Watched final : public Backend {
   }
   [[nodiscard]] std::string pool_refusal() const override { return inner_->pool_refusal(); }
   Ticket submit(std::span<const Copy> copies, std::span<const Dep> after) override {
+    if (!copies.empty() && copies[0].from.tier == Tier::pool) note_loads(copies);
     std::vector<Copy> all(copies.begin(), copies.end());
     std::vector<Dep> deps(after.begin(), after.end());
     for (Dep& dep : deps) {
@@ -109,8 +125,22 @@ class Watched final : public Backend {
   [[nodiscard]] Health health() const override { return inner_->health(); }
 
  private:
+  void note_loads(std::span<const Copy> copies) {
+    if (copies[0].to.first < last_load_) ++wraps_;
+    last_load_ = copies[0].to.first;
+    for (const Copy& copy : copies) {
+      for (FrameIndex i = 0; i < copy.count; ++i) {
+        if (!unread_.insert(copy.to.first + i).second) ++dropped_;
+      }
+    }
+  }
+
   std::unique_ptr<Backend> inner_;
   Bug bug_;
+  std::set<std::ptrdiff_t> unread_;  // frames loaded
+  FrameIndex last_load_ = 0;
+  std::uint64_t wraps_ = 0;
+  std::uint64_t dropped_ = 0;
   bool growing_ = false;
   std::uint64_t waits_ = 0;
   std::uint64_t submitted_ = 0;
@@ -118,10 +148,11 @@ class Watched final : public Backend {
 
 class FakeMachine final : public testing::Machine {
  public:
-  explicit FakeMachine(const Watched& backend) : backend_(backend) {}
+  explicit FakeMachine(Watched& backend) : backend_(backend) {}
 
   void launch(ComputeStream stream, Nanos /*duration_ns*/, std::byte* at, Bytes bytes,
               Access access, Body body) override {
+    if (access == Access::read) backend_.note_read(at);
     const auto address = reinterpret_cast<CUdeviceptr>(at);
     const fake::Range range{address, bytes, access == Access::write};
     fake::launch(testing::handle_of(stream), {&range, 1},
@@ -141,7 +172,7 @@ class FakeMachine final : public testing::Machine {
   [[nodiscard]] std::uint64_t failed_copies() const override { return 0; }
 
  private:
-  const Watched& backend_;
+  Watched& backend_;
 };
 
 // ---- a history ----------------------------------------------------------------------------------
@@ -162,6 +193,7 @@ class History {
                                              .driver = testing::driver_name(),
                                              .in_place_share = shares[pick(shares.size())]}),
                                   bug);
+    watched_ = watched.get();
     auto machine = std::make_unique<FakeMachine>(*watched);
     const std::array policies = {"fit", "fit", "fixed:0.5", "fixed:1"};
     model_ = std::make_unique<Model>(geometry_, policies[pick(policies.size())], std::move(watched),
@@ -188,6 +220,8 @@ class History {
     model_->check();
     const Stats stats = model_->cache().stats();
     tally_.streamed += stats.streamed_bytes / geometry_.frame_bytes();
+    tally_.wraps += watched_->wraps();
+    tally_.dropped += watched_->dropped();
     tally_.in_place += stats.in_place_bytes / geometry_.frame_bytes();
   }
 
@@ -270,6 +304,7 @@ class History {
   std::mt19937_64 random_;
   Tally& tally_;
   Geometry geometry_;
+  Watched* watched_ = nullptr;
   std::unique_ptr<Model> model_;
 };
 
@@ -286,13 +321,16 @@ TEST(CudaSwarm, NoOrderOfDoingThingsIsSeen) {
     for (const std::string& words : fake::take_violations()) ADD_FAILURE() << words;
   }
   std::cout << tally.schedules << " schedules, " << tally.streamed << " frames streamed, "
-            << tally.in_place << " read in place, " << tally.aborts << " aborts, " << tally.forks
-            << " forks, " << tally.resizes << " resizes, " << tally.truncations << " truncations, "
-            << tally.switches << " switches of the stream, " << tally.refusals << " refusals\n";
+            << tally.in_place << " read in place, " << tally.wraps << " wraps of the ring, "
+            << tally.dropped << " frames prefetched in vain, " << tally.aborts << " aborts, "
+            << tally.forks << " forks, " << tally.resizes << " resizes, " << tally.truncations
+            << " truncations, " << tally.switches << " switches of the stream, " << tally.refusals
+            << " refusals\n";
   EXPECT_GE(tally.schedules, 10'000U);
   EXPECT_GT(tally.streamed, 10'000U);
   EXPECT_GT(tally.in_place, 10'000U);
-  for (const std::uint64_t count : {tally.aborts, tally.forks, tally.resizes, tally.truncations}) {
+  for (const std::uint64_t count :
+       {tally.wraps, tally.dropped, tally.aborts, tally.forks, tally.resizes, tally.truncations}) {
     EXPECT_GT(count, 100U);
   }
 }
