@@ -359,6 +359,7 @@ def test_a_model_says_the_same(double: Any, attention: str, order: int) -> None:
                 device_bytes=frame * 14,
                 pool_bytes=frame * 99,
                 block_tokens=16,
+                in_place_share=1 if order == 1 else None,
             )
             options = cache_argument(model, cache)
         with torch.inference_mode():
@@ -372,6 +373,7 @@ def test_a_model_says_the_same(double: Any, attention: str, order: int) -> None:
             ).tolist()
         if cache is not None:
             assert cache.stats().streamed_bytes > 0
+            assert (cache.stats().in_place_bytes > 0) == (order == 1)
             cache.kv.close()
     assert made["got"] == made["wanted"]
 

@@ -132,6 +132,8 @@ class TieredCache(Cache):
         pool_dir: str | os.PathLike[str] | None = None,
         block_tokens: int | None = None,
         policy: str = "fit",
+        pool_io: str = "auto",
+        in_place_share: float | None = None,
     ) -> None:
         super().__init__(layers=[])
         layers, kv_heads, head_dim = geometry(config)
@@ -152,6 +154,8 @@ class TieredCache(Cache):
             block_tokens=block_tokens,
             policy=policy,
             windows=windows(config),
+            pool_io=pool_io,
+            in_place_share=in_place_share,
         )
         self._windows = windows(config)
         self._positions = positions(config)
