@@ -167,7 +167,8 @@ Cuda::Cuda(const CudaOptions& options, Bytes stride)
 
 // See CudaOptions.
 double Cuda::share_in_place(double asked) const {
-  const bool readable = pool_frames_ > 0 && pool_.is_readable();
+  const bool numbered = pool_frames_ > 0 && pool_frames_ <= in_pool_bit;  // by what tables can say
+  const bool readable = numbered && pool_.is_readable();
   if (asked > 0 && pool_frames_ > 0 && !readable) {
     throw ConfigError("in_place_share is " + std::to_string(asked) + ": " + arena_->device.name() +
                       " cannot read a pool that is '" + pool_.name() +

@@ -42,7 +42,8 @@ void Ring::leave(std::uint32_t first) {
     flight.segments &= ~left;
     flight.strays = flight.strays || left != 0;
     for (const Load& load : flight.loads) {
-      for (std::uint32_t i = 0; (left >> load.segment & 1U) != 0 && i < load.count; ++i) {
+      if ((left >> load.segment & 1U) == 0) continue;
+      for (std::uint32_t i = 0; i < load.count; ++i) {
         transfers_.guard_device(load.device + i, flight.ticket);
       }
     }

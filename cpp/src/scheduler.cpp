@@ -883,8 +883,9 @@ void Scheduler::pump() {
   if (ring_.empty()) ahead_ = false;
   std::uint32_t layer = cursor_.layer;
   while (seek_pooled()) {
-    if (cursor_.layer != layer && capabilities_.streams) ring_.submit();
-    if (cursor_.layer != layer && shape_.whole_layers) ring_.close();
+    const bool next = cursor_.layer != layer;
+    if (next && capabilities_.streams) ring_.submit();
+    if (next && shape_.whole_layers) ring_.close();
     layer = cursor_.layer;
     const Load* load = ahead_ ? ring_.find(key_at_cursor()) : nullptr;
     const std::uint32_t count =

@@ -154,9 +154,9 @@ void Transfers::before_write(FrameIndex device) {
   if (guards_[device].departure.id != 0) order(guards_[device].departure);
 }
 
-// Other copies of these frames may go on.
+// Copies out of these frames may go on. Where nothing is being written there is none to wait for.
 void Transfers::before_read_pool(FrameRun pool) {
-  for (FrameIndex frame = pool.first; !pool_guards_.empty() && frame < pool.end(); ++frame) {
+  for (FrameIndex frame = pool.first; !in_flight_.empty() && frame < pool.end(); ++frame) {
     const auto [first, last] = pool_guards_.equal_range(frame);
     for (auto guard = first; guard != last; ++guard) {
       Ticket ticket = guard->second;

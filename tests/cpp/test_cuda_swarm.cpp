@@ -384,8 +384,8 @@ TEST(CudaSteps, CostFewCalls) {
   const double copies = a_layer("cuMemcpyBatchAsync") + a_layer("cuMemcpyAsync");
   std::cout << copies << " copies' submissions and " << a_layer("cuEventRecord")
             << " events a layer\n";
-  EXPECT_LE(copies, 2.1);
-  EXPECT_LE(a_layer("cuEventRecord"), 6.5);
+  EXPECT_LE(copies, 2.05);
+  EXPECT_LE(a_layer("cuEventRecord"), 6.2);
   EXPECT_EQ(fake::take_violations(), std::vector<std::string>());
 }
 

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -259,6 +260,23 @@ def test_other_devices_are_refused() -> None:
 def test_unknown_policy(policy: str) -> None:
     with pytest.raises(pie.ConfigError, match="policy"):
         make(policy=policy)
+
+
+@pytest.mark.parametrize("pool_io", ["", "pinned", "fast", None])
+def test_unknown_pool_io(pool_io: Any) -> None:
+    with pytest.raises(pie.ConfigError, match="pool_io"):
+        make(pool_io=pool_io)
+
+
+def test_pool_io_as_told() -> None:
+    with make(pool_io="buffered-threads") as cache:
+        assert cache.stats().pool_io == "buffered-threads"
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan"), "half", True, 0.5])
+def test_shares_that_a_cpu_does_not_read_in_place(share: Any) -> None:
+    with pytest.raises(pie.ConfigError, match="in_place_share"):
+        make(in_place_share=share)
 
 
 @pytest.mark.parametrize("block_tokens", [-16, 0, 17, 2**40, "16"])

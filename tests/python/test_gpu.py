@@ -274,9 +274,9 @@ class LaunchesNothing(gpu_double.Double):
         self.launches += 1
 
 
-@pytest.mark.parametrize(("policy", "copies", "records"), [("off", 0, 0), ("fixed:0.5", 2.05, 6)])
+@pytest.mark.parametrize(("policy", "copies", "records"), [("off", 0, 0), ("fixed:0.5", 2.05, 5.5)])
 def test_calls_of_the_driver_a_layer(
-    double: Any, monkeypatch: pytest.MonkeyPatch, policy: str, copies: float, records: int
+    double: Any, monkeypatch: pytest.MonkeyPatch, policy: str, copies: float, records: float
 ) -> None:
     monkeypatch.setattr(runtime, "make", LaunchesNothing)
     layers, sequences, tokens, steps = 8, 64, 250, 10  # in one of them all fill a block

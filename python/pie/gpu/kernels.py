@@ -100,10 +100,11 @@ def _start(frame, frame_stride, pool_offset, IN_PLACE: tl.constexpr):
 
     By a product and not by a choice, so that the compiler sees it aligned, and loads are wide.
     """
-    start = (frame & 0x3FFFFFFF).to(tl.int64) * frame_stride
     if IN_PLACE:
-        start += (frame >> 30).to(tl.int64) * pool_offset
-    return start
+        start = (frame & 0x3FFFFFFF).to(tl.int64) * frame_stride
+        return start + (frame >> 30).to(tl.int64) * pool_offset
+    else:
+        return frame.to(tl.int64) * frame_stride
 
 
 @triton.jit
