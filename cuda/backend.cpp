@@ -79,6 +79,7 @@ class Cuda final : public Backend {
   Ticket submit(std::span<const Copy> copies, std::span<const Dep> after) override;
   std::size_t poll(std::span<Completion> out) override;
   void wait(Nanos timeout_ns) override;
+  void require_usable(ComputeStream stream) const override;
   Fence record(ComputeStream stream, Timing timing) override;
   void depend(ComputeStream stream, const Dep& dep) override;
   void duplicate(ComputeStream stream, std::span<const Duplicate> frames) override;
@@ -395,6 +396,25 @@ void Cuda::duplicate(ComputeStream stream, std::span<const Duplicate> frames) {
 }
 
 // ---- streams ------------------------------------------------------------------------------------
+
+void Cuda::require_usable(ComputeStream stream) const {
+  if (!lost_.empty()) return;
+  const Current mine = current();
+  const auto number = "'cuda:" + std::to_string(arena_->device.number()) + "'";
+  CUcontext context = nullptr;
+  CUstreamCaptureStatus capture = CU_STREAM_CAPTURE_STATUS_NONE;
+  if (driver_.stream_context(stream_of(stream), &context) != CUDA_SUCCESS ||
+      context != arena_->device.context()) {
+    throw LogicError("the compute stream is not one of " + number +
+                     ", where the cache is: make it there, in the device's primary context.");
+  }
+  if (driver_.stream_capturing(stream_of(stream), &capture) != CUDA_SUCCESS ||
+      capture != CU_STREAM_CAPTURE_STATUS_NONE) {
+    throw LogicError("the compute stream of " + number +
+                     " is being captured into a CUDA graph: copies of KV cannot be, so give steps "
+                     "to the stream outside the capture.");
+  }
+}
 
 Fence Cuda::record(ComputeStream stream, Timing timing) {
   const Current mine = current();

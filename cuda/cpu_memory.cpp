@@ -223,12 +223,10 @@ bool CpuMemory::has_grown() const {
   return std::min(asked_, ready_frames()) > usable_ && !wants_more();
 }
 
-// The thread. It captures nothing that the caller may be capturing into a graph.
+// The thread.
 void CpuMemory::make_ready() {
   const Driver& driver = device_.driver();
   const Current current(driver, device_.context());
-  CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
-  driver.capture_mode(&mode);
   std::unique_lock lock(mutex_);
   for (;;) {
     changed_.wait(lock, [&] { return ending_ || wants_more(); });

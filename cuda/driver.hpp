@@ -54,6 +54,8 @@ inline constexpr bool knows_batches = false;
   CALL(stream_create, PFN_cuStreamCreate_v2000, "cuStreamCreate")                              \
   CALL(stream_destroy, PFN_cuStreamDestroy_v4000, "cuStreamDestroy_v2")                        \
   CALL(stream_synchronize, PFN_cuStreamSynchronize_v2000, "cuStreamSynchronize")               \
+  CALL(stream_context, PFN_cuStreamGetCtx_v9020, "cuStreamGetCtx")                             \
+  CALL(stream_capturing, PFN_cuStreamIsCapturing_v10000, "cuStreamIsCapturing")                \
   CALL(stream_wait, PFN_cuStreamWaitEvent_v3020, "cuStreamWaitEvent")                          \
   CALL(event_create, PFN_cuEventCreate_v2000, "cuEventCreate")                                 \
   CALL(event_destroy, PFN_cuEventDestroy_v4000, "cuEventDestroy_v2")                           \
@@ -80,21 +82,25 @@ struct Driver {
   void require(CUresult result, const char* what) const;
 };
 
-// Makes a device's context the thread's own for as long as this lives.
+// Makes a device's context the thread's own for as long as this lives, in which nothing that is
+// called ends what somebody is capturing into a graph on a stream of his own.
 class Current {
  public:
   Current(const Driver& driver, CUcontext context) : driver_(driver) {
     driver_.context_push(context);
+    driver_.capture_mode(&mode_);
   }
   Current(const Current&) = delete;
   Current& operator=(const Current&) = delete;
   ~Current() {
+    driver_.capture_mode(&mode_);
     CUcontext left = nullptr;
     driver_.context_pop(&left);
   }
 
  private:
   const Driver& driver_;
+  CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;  // the caller's, once exchanged
 };
 
 }  // namespace pie::cuda

@@ -54,6 +54,7 @@ std::uint32_t Scheduler::first_block(std::uint32_t position, std::uint32_t windo
 // ---- planning -----------------------------------------------------------------------------------
 
 void Scheduler::begin(std::span<const Growth> batch, const StepShape& shape) {
+  backend_.require_usable(stream_);
   land();
   shape_ = shape;
   open_batch(batch);
@@ -444,6 +445,7 @@ void Scheduler::load_now(const BlockKey& key) {
 // stands for both.
 void Scheduler::set_stream(ComputeStream stream) {
   if (stream == stream_) return;
+  backend_.require_usable(stream);
   backend_.depend(stream, {backend_.record(stream_, Timing::unwanted), {}});
   stream_ = stream;
   transfers_.set_stream(stream);

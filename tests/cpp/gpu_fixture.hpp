@@ -57,6 +57,17 @@ class Caller {
     return found;
   }
 
+  // A stream of another GPU, which the double's machine may well have.
+  ComputeStream stream_elsewhere() {
+    CUcontext context = nullptr;
+    driver_.require(driver_.context_retain(&context, 1), "");
+    const cuda::Current current(driver_, context);
+    CUstream& found = streams_[elsewhere];
+    if (found == nullptr)
+      driver_.require(driver_.stream_create(&found, CU_STREAM_NON_BLOCKING), "");
+    return {reinterpret_cast<std::uintptr_t>(found)};
+  }
+
   // Registered memory, taken in turn.
   std::byte* take(Bytes bytes) {
     if (slab_ == nullptr) {
@@ -99,6 +110,7 @@ class Caller {
     *reinterpret_cast<void**>(&host_function_) = ::dlsym(library, "cuLaunchHostFunc");
   }
 
+  static constexpr std::uint32_t elsewhere = UINT32_MAX;
   static constexpr Bytes slab_bytes = Bytes{8} << 20;
   static constexpr std::chrono::milliseconds nap{1};
 

@@ -36,7 +36,7 @@ struct InOrder : testing::OnCuda {
     if (!is_double() && (order != fake::Order::earliest || coherent)) {
       throw ConfigError("a GPU has an order of its own");
     }
-    fake::set_profile({.coherent = coherent});
+    fake::set_profile(coherent ? fake::gh200() : fake::Profile{});
     fake::set_order(order, 7);
     try {
       return open_cuda(options_for(device_frames, pool_frames));
@@ -97,7 +97,7 @@ TEST_F(Cuda, RefusesMachinesThatCannotServe) {
   expect_says(refusal_of<ConfigError>(options), "there are 1 GPUs here");
   become({.driver_version = 11080});
   expect_says(refusal_of<ConfigError>(options_for(4, 4)), "is for CUDA 11.8");
-  become({.integrated = true});
+  become(fake::gb10());
   expect_says(refusal_of<ConfigError>(options_for(4, 4)), "shares its memory with the CPU");
   EXPECT_NE(open_cuda(options_for(4, 0)), nullptr);
 }
@@ -105,7 +105,7 @@ TEST_F(Cuda, RefusesMachinesThatCannotServe) {
 TEST_F(Cuda, RefusesMoreThanIsFree) {
   become({.memory_bytes = std::size_t{64} << 20});
   const std::string said = refusal_of<CapacityError>(options_for(20'000, 0));
-  expect_says(said, "of the 64.0 MiB (67108864 bytes) of NVIDIA Double");
+  expect_says(said, "of the 64.0 MiB (67108864 bytes) of NVIDIA H100 PCIe");
   expect_says(said, "are free");
 }
 
@@ -161,7 +161,7 @@ TEST_F(Cuda, GoesOnWithMemoryThatIsNotPinned) {
 }
 
 TEST_F(Cuda, PinsNothingWhereTheGpuSharesThePageTables) {
-  become({.coherent = true});
+  become(fake::gh200());
   const fake::Holdings before = fake::holdings();
   const auto backend = open_cuda(options_for(64, 40'000));
   EXPECT_EQ(backend->capabilities().pool_io, "coherent");
@@ -183,7 +183,7 @@ TEST_F(Cuda, TakesCpuMemoryAsItIsTold) {
   expect_says(refusal_of<ConfigError>(options), "use 'auto', 'pinned', 'coherent' or 'pageable'");
   options.pool_io = "pageable";
   EXPECT_EQ(open_cuda(options)->capabilities().pool_io, "pageable");
-  become({.coherent = true});
+  become(fake::gh200());
   options.pool_io = "pinned";
   const std::size_t before = fake::holdings().pinned_bytes;  // the caller's own
   const auto backend = open_cuda(options);
@@ -203,7 +203,7 @@ TEST_F(Cuda, SaysHowMuchIsBestReadInPlace) {
   EXPECT_EQ(share_of(options), 0.25);
   options.pool_io = "pageable";
   expect_says(refusal_of<ConfigError>(options), "cannot read a pool that is 'pageable'");
-  become({.coherent = true, .memory_clock_khz = 2'619'000, .memory_bus_bits = 6144});
+  become(fake::gh200());
   options = options_for(4, 4);
   EXPECT_NEAR(share_of(options), 450.0 / (450 + 4022), 1e-3);  // GB/s
   options.in_place_share = 0;
@@ -217,7 +217,7 @@ TEST_F(Cuda, SaysHowMuchIsBestReadInPlace) {
 // A kernel may still read frames of the pool that are to go.
 TEST_F(Cuda, ReadersOfThePoolComeBeforeItsEnd) {
   for (const bool coherent : {false, true}) {
-    become({.coherent = coherent});
+    become(coherent ? fake::gh200() : fake::Profile{});
     fake::set_order(fake::Order::latest, 3);
     CudaOptions options = options_for(4, 40'000);
     options.in_place_share = 0.5;

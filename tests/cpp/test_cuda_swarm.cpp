@@ -52,7 +52,8 @@ enum class Bug : std::uint8_t {
   no_write_waits,
   no_fences,
   no_ticket_deps,
-  wrong_frame
+  wrong_frame,
+  wrong_device
 };
 
 class Watched final : public Backend {
@@ -106,8 +107,10 @@ class Watched final : public Backend {
     if (!growing_) ++waits_;  // a pool that grows for the first time is waited for
     inner_->wait(timeout_ns);
   }
+  void require_usable(ComputeStream stream) const override { inner_->require_usable(stream); }
   Fence record(ComputeStream stream, Timing timing) override {
-    return inner_->record(stream, timing);
+    const bool elsewhere = bug_ == Bug::wrong_device && ++recorded_ % 50 == 0;
+    return inner_->record(elsewhere ? Caller::get().stream_elsewhere() : stream, timing);
   }
   void depend(ComputeStream stream, const Dep& dep) override {
     const bool write = dep.ticket.id != 0 && dep.ticket.lane == Lane::device_to_pool;
@@ -144,6 +147,7 @@ class Watched final : public Backend {
   bool growing_ = false;
   std::uint64_t waits_ = 0;
   std::uint64_t submitted_ = 0;
+  std::uint64_t recorded_ = 0;
 };
 
 class FakeMachine final : public testing::Machine {
@@ -389,6 +393,50 @@ TEST(CudaSteps, CostFewCalls) {
   EXPECT_EQ(fake::take_violations(), std::vector<std::string>());
 }
 
+// Steps on a stream that is another GPU's, or that is being captured into a graph, are refused at
+// the door, and the next is served; what others capture meanwhile stays whole.
+TEST(CudaSteps, RefuseStreamsThatCannotBeOrdered) {
+  const Geometry geometry{2, 1, 8, 16, DType::bf16};
+  const Bytes stride = geometry.frame_bytes();
+  fake::set_order(fake::Order::random, 1);
+  Cache cache(geometry, "fixed:0.5",
+              open_cuda({.frame_bytes = stride,
+                         .device_bytes = 40 * stride,
+                         .pool_bytes = 80 * stride,
+                         .driver = testing::driver_name()}));
+  const auto says = [](const auto& call) {
+    try {
+      call();
+    } catch (const LogicError& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  const std::string elsewhere = says([&] { cache.set_stream(Caller::get().stream_elsewhere()); });
+  EXPECT_NE(elsewhere.find("is not one of 'cuda:0'"), std::string::npos) << elsewhere;
+
+  const CUstream mine = Caller::get().stream(1);
+  cache.set_stream({reinterpret_cast<std::uintptr_t>(mine)});
+  const StepEntry entry{cache.add(), 64};
+  fake::begin_capture(mine);
+  const std::string captured = says([&] { cache.begin({&entry, 1}, Reader::kernel); });
+  EXPECT_NE(captured.find("is being captured into a CUDA graph"), std::string::npos) << captured;
+  EXPECT_EQ(fake::end_capture(), 0U);
+
+  fake::begin_capture(Caller::get().stream(2));
+  Idle kernel;
+  for (int i = 0; i < 3; ++i) {
+    cache.begin({&entry, 1}, Reader::kernel);
+    for (std::uint32_t layer = 0; layer < 2; ++layer) cache.run(layer, kernel);
+    cache.finish();
+  }
+  cache.resize(20 * stride, 80 * stride);
+  EXPECT_EQ(fake::end_capture(), 0U);
+  EXPECT_GT(cache.stats().streamed_bytes, 0U);
+  Caller::get().synchronize(mine);
+  EXPECT_EQ(fake::take_violations(), std::vector<std::string>());
+}
+
 class PlantedBug : public ::testing::TestWithParam<Bug> {};
 
 // In a few histories, by a race if not by what is read.
@@ -408,7 +456,8 @@ TEST_P(PlantedBug, IsSeen) {
 
 INSTANTIATE_TEST_SUITE_P(InTheBackend, PlantedBug,
                          ::testing::Values(Bug::no_depend, Bug::no_write_waits, Bug::no_fences,
-                                           Bug::no_ticket_deps, Bug::wrong_frame));
+                                           Bug::no_ticket_deps, Bug::wrong_frame,
+                                           Bug::wrong_device));
 
 }  // namespace
 }  // namespace pie

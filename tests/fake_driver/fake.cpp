@@ -77,6 +77,8 @@ using Handle = std::shared_ptr<Operation>;
 
 struct Stream {
   std::size_t number = 0;
+  int device = 0;
+  bool captured = false;  // what it is given goes into a graph, and is not done
   bool legacy = false;
   Clock clock;
   std::uint64_t tick = 0;
@@ -92,6 +94,8 @@ Stream default_stream() {
 
 struct Event {
   bool timed = true;
+  int device = 0;
+  bool captured = false;  // marks a place in a graph
   Handle recorded;
 };
 
@@ -100,6 +104,12 @@ struct Cell {
   Address end = 0;
   Mark write;
   std::vector<Mark> reads;
+};
+
+// Device memory that is mapped.
+struct Piece {
+  std::size_t bytes = 0;
+  int device = 0;
 };
 
 struct Reservation {
@@ -130,9 +140,11 @@ class Machine {
 
   // Streams and events.
   Stream& stream(CUstream handle) {
-    return handle == nullptr ? legacy_ : *reinterpret_cast<Stream*>(handle);
+    if (handle != nullptr) return *reinterpret_cast<Stream*>(handle);
+    legacy_.device = std::max(0, device());
+    return legacy_;
   }
-  CUstream add_stream();
+  CUstream add_stream(int device);
   void remove_stream(CUstream handle);
   void enqueue(Stream& on, Operation operation, std::span<const Range> ranges);
   void copy(Stream& on, std::span<const CUdeviceptr> to, std::span<const CUdeviceptr> from,
@@ -152,16 +164,36 @@ class Machine {
 
   // Memory.
   std::vector<Reservation> reservations;
-  std::map<Address, std::size_t> pieces;      // mapped, by address
+  std::map<Address, Piece> pieces;            // by address
   std::map<Address, std::size_t> registered;  // of the host
+  std::map<int, int> piece_devices;           // by file
   std::size_t used = 0;                       // of the device
   std::size_t pinned = 0;
   [[nodiscard]] std::byte* reach(Address address) const;
   [[nodiscard]] bool is_mapped(Address begin, std::size_t bytes) const;
   void forget(Address begin, std::size_t bytes, const char* what);
+  // Nobody may capture while this is called, unless the thread asked for it.
+  void refuse_in_capture(const char* name) {
+    const auto is_captured = [](const auto& one) { return one->captured; };
+    if (capture_mode == CU_STREAM_CAPTURE_MODE_GLOBAL &&
+        std::ranges::any_of(streams_, is_captured)) {
+      complain(std::string(name) + " ends the capture of a stream");
+    }
+  }
+  void end_capture() {
+    for (const auto& one : streams_) one->captured = false;
+  }
+  std::uint64_t captured = 0;  // operations that went into graphs
+  static thread_local CUstreamCaptureMode capture_mode;
+  static thread_local std::vector<CUcontext> contexts;
+  // Of the context that is the thread's own; -1: none is.
+  [[nodiscard]] static int device() {
+    return contexts.empty() ? -1 : static_cast<int>(reinterpret_cast<Address>(contexts.back())) - 1;
+  }
   [[nodiscard]] double draw() { return static_cast<double>(random_() >> 11U) * 0x1p-53; }
 
  private:
+  void require_home(Address at, int device);
   void use(Address begin, std::size_t bytes, bool write, const Mark& mark, const Clock& clock);
   void split(Address at);
   [[nodiscard]] bool is_pageable(Address begin, std::size_t bytes);
@@ -179,6 +211,9 @@ class Machine {
   std::map<Address, Cell> cells_;
 };
 
+thread_local CUstreamCaptureMode Machine::capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
+thread_local std::vector<CUcontext> Machine::contexts;
+
 void Machine::set_order(Order order, std::uint64_t seed) {
   order_ = order;
   random_.seed(seed);
@@ -186,8 +221,9 @@ void Machine::set_order(Order order, std::uint64_t seed) {
 
 // ---- doing --------------------------------------------------------------------------------------
 
-CUstream Machine::add_stream() {
+CUstream Machine::add_stream(int device) {
   streams_.push_back(std::make_unique<Stream>());
+  streams_.back()->device = device;
   streams_.back()->number = streams_made_++;
   return reinterpret_cast<CUstream>(streams_.back().get());
 }
@@ -200,12 +236,17 @@ void Machine::remove_stream(CUstream handle) {
 }
 
 void Machine::enqueue(Stream& on, Operation operation, std::span<const Range> ranges) {
+  if (on.captured) {
+    ++captured;
+    return;
+  }
   on.clock.join(host_);
   for (const Handle& before : operation.before) on.clock.join(before->clock);
   on.clock.set(on.number, ++on.tick);
   operation.clock = on.clock;
   operation.stream = on.number;
   for (const Range& range : ranges) {
+    require_home(range.begin, on.device);
     use(range.begin, range.bytes, range.write, {on.number, on.tick}, on.clock);
   }
   on.last = std::make_shared<Operation>(std::move(operation));
@@ -320,11 +361,18 @@ void Machine::copy(Stream& on, std::span<const CUdeviceptr> to, std::span<const 
 }
 
 void Machine::record(Event& event, Stream& on) {
+  event.captured = on.captured;
   enqueue(on, {}, {});
   event.recorded = on.last;
 }
 
+// Who waits for a place in a graph is captured into it.
 void Machine::wait(Stream& on, Event& event) {
+  if (event.captured) {
+    on.captured = true;
+    ++captured;
+    return;
+  }
   if (!event.recorded) {
     complain("a stream waits for an event that was never recorded");
     return;
@@ -361,8 +409,8 @@ bool Machine::is_mapped(Address begin, std::size_t bytes) const {
     auto piece = pieces.upper_bound(at);
     if (piece == pieces.begin()) return false;
     --piece;
-    if (at >= piece->first + piece->second) return false;
-    at = piece->first + piece->second;
+    if (at >= piece->first + piece->second.bytes) return false;
+    at = piece->first + piece->second.bytes;
   }
   return true;
 }
@@ -382,6 +430,17 @@ bool Machine::is_pageable(Address begin, std::size_t bytes) {
   if (begin >= after->first + after->second) return true;
   if (begin + bytes > after->first + after->second) complain("a copy spans two registrations");
   return false;
+}
+
+// The memory of another device is not mapped for this one.
+void Machine::require_home(Address at, int device) {
+  auto piece = pieces.upper_bound(at);
+  if (piece == pieces.begin()) return;
+  --piece;
+  if (at < piece->first + piece->second.bytes && piece->second.device != device) {
+    complain("a stream of GPU " + std::to_string(device) + " uses memory of GPU " +
+             std::to_string(piece->second.device));
+  }
 }
 
 void Machine::split(Address at) {
@@ -516,6 +575,17 @@ void launch(CUstream stream, std::span<const Range> ranges, std::function<void()
   machine().enqueue(machine().stream(stream), std::move(operation), ranges);
 }
 
+void begin_capture(CUstream stream) {
+  const std::scoped_lock lock(machine().mutex);
+  machine().stream(stream).captured = true;
+}
+
+std::uint64_t end_capture() {
+  const std::scoped_lock lock(machine().mutex);
+  machine().end_capture();
+  return std::exchange(machine().captured, 0);
+}
+
 std::byte* reach(CUdeviceptr address) {
   const std::scoped_lock lock(machine().mutex);
   return machine().reach(address);
@@ -535,6 +605,11 @@ using fake::machine;
 #define FAKE_CALL(name) \
   Call call(name);      \
   if (call.result != CUDA_SUCCESS) return call.result
+
+// One that the driver does not allow while somebody captures a stream in the strictest mode.
+#define FAKE_UNSAFE_CALL(name) \
+  FAKE_CALL(name);             \
+  machine().refuse_in_capture(name)
 
 extern "C" {
 
@@ -592,12 +667,25 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
 }
 
 CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) { return CUDA_SUCCESS; }
-CUresult cuCtxPushCurrent_v2(CUcontext) { return CUDA_SUCCESS; }
-CUresult cuCtxPopCurrent_v2(CUcontext*) { return CUDA_SUCCESS; }
-CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode*) { return CUDA_SUCCESS; }
+
+CUresult cuCtxPushCurrent_v2(CUcontext context) {
+  fake::Machine::contexts.push_back(context);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuCtxPopCurrent_v2(CUcontext* context) {
+  *context = fake::Machine::contexts.back();
+  fake::Machine::contexts.pop_back();
+  return CUDA_SUCCESS;
+}
+
+CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
+  std::swap(*mode, fake::Machine::capture_mode);
+  return CUDA_SUCCESS;
+}
 
 CUresult cuCtxSynchronize() {
-  FAKE_CALL("cuCtxSynchronize");
+  FAKE_UNSAFE_CALL("cuCtxSynchronize");
   machine().force_all();
   return CUDA_SUCCESS;
 }
@@ -641,14 +729,15 @@ CUresult cuMemAddressFree(CUdeviceptr start, std::size_t bytes) {
 
 // A piece is a file of its own, which is mapped for the device and for the double.
 CUresult cuMemCreate(CUmemGenericAllocationHandle* piece, std::size_t bytes,
-                     const CUmemAllocationProp*, unsigned long long) {
-  FAKE_CALL("cuMemCreate");
+                     const CUmemAllocationProp* prop, unsigned long long) {
+  FAKE_UNSAFE_CALL("cuMemCreate");
   if (machine().used + bytes > machine().profile.memory_bytes) return CUDA_ERROR_OUT_OF_MEMORY;
   const int file = ::memfd_create("device", MFD_CLOEXEC);
   if (file < 0 || ::ftruncate(file, static_cast<off_t>(bytes)) != 0) {
     return CUDA_ERROR_OUT_OF_MEMORY;
   }
   machine().used += bytes;
+  machine().piece_devices[file] = prop->location.id;
   *piece = static_cast<CUmemGenericAllocationHandle>(file);
   return CUDA_SUCCESS;
 }
@@ -672,7 +761,7 @@ CUresult cuMemMap(CUdeviceptr at, std::size_t bytes, std::size_t,
     return CUDA_ERROR_OUT_OF_MEMORY;
   }
   std::memset(reached, 0xa5, bytes);
-  machine().pieces[at] = bytes;
+  machine().pieces[at] = {bytes, machine().piece_devices[file]};
   return CUDA_SUCCESS;
 }
 
@@ -696,7 +785,7 @@ CUresult cuMemSetAccess(CUdeviceptr, std::size_t, const CUmemAccessDesc*, std::s
 }
 
 CUresult cuMemHostRegister_v2(void* start, std::size_t bytes, unsigned) {
-  FAKE_CALL("cuMemHostRegister");
+  FAKE_UNSAFE_CALL("cuMemHostRegister");
   if (!machine().profile.pins) return CUDA_ERROR_NOT_PERMITTED;
   if (machine().pinned + bytes > machine().profile.pinnable_bytes) return CUDA_ERROR_OUT_OF_MEMORY;
   machine().pinned += bytes;
@@ -706,6 +795,7 @@ CUresult cuMemHostRegister_v2(void* start, std::size_t bytes, unsigned) {
 
 CUresult cuMemHostUnregister(void* start) {
   const Call call("cuMemHostUnregister");
+  machine().refuse_in_capture("cuMemHostUnregister");
   const auto found = machine().registered.find(reinterpret_cast<std::uint64_t>(start));
   if (found == machine().registered.end()) {
     machine().complain("memory is unregistered that never was registered");
@@ -719,7 +809,8 @@ CUresult cuMemHostUnregister(void* start) {
 
 CUresult cuStreamCreate(CUstream* stream, unsigned) {
   FAKE_CALL("cuStreamCreate");
-  *stream = machine().add_stream();
+  if (fake::Machine::device() < 0) return CUDA_ERROR_INVALID_CONTEXT;
+  *stream = machine().add_stream(fake::Machine::device());
   return CUDA_SUCCESS;
 }
 
@@ -730,9 +821,24 @@ CUresult cuStreamDestroy_v2(CUstream stream) {
 }
 
 CUresult cuStreamSynchronize(CUstream stream) {
-  FAKE_CALL("cuStreamSynchronize");
+  FAKE_UNSAFE_CALL("cuStreamSynchronize");
   fake::Stream& one = machine().stream(stream);
   if (one.last) machine().force(one.last);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuStreamGetCtx(CUstream stream, CUcontext* context) {
+  FAKE_CALL("cuStreamGetCtx");
+  const fake::Stream& one = machine().stream(stream);
+  const int device = one.legacy ? fake::Machine::device() : one.device;
+  *context = fake::pointer_to<CUctx_st>(static_cast<fake::Address>(device) + 1);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
+  FAKE_CALL("cuStreamIsCapturing");
+  *status = machine().stream(stream).captured ? CU_STREAM_CAPTURE_STATUS_ACTIVE
+                                              : CU_STREAM_CAPTURE_STATUS_NONE;
   return CUDA_SUCCESS;
 }
 
@@ -744,8 +850,10 @@ CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned) {
 
 CUresult cuEventCreate(CUevent* event, unsigned flags) {
   FAKE_CALL("cuEventCreate");
+  if (fake::Machine::device() < 0) return CUDA_ERROR_INVALID_CONTEXT;
   ++machine().events;
-  *event = reinterpret_cast<CUevent>(new fake::Event{(flags & CU_EVENT_DISABLE_TIMING) == 0, {}});
+  const bool timed = (flags & CU_EVENT_DISABLE_TIMING) == 0;
+  *event = reinterpret_cast<CUevent>(new fake::Event{timed, fake::Machine::device(), false, {}});
   return CUDA_SUCCESS;
 }
 
@@ -758,19 +866,24 @@ CUresult cuEventDestroy_v2(CUevent event) {
 
 CUresult cuEventRecord(CUevent event, CUstream stream) {
   FAKE_CALL("cuEventRecord");
-  machine().record(*reinterpret_cast<fake::Event*>(event), machine().stream(stream));
+  fake::Event& one = *reinterpret_cast<fake::Event*>(event);
+  fake::Stream& on = machine().stream(stream);
+  if (!on.legacy && on.device != one.device) return CUDA_ERROR_INVALID_HANDLE;
+  machine().record(one, on);
   return CUDA_SUCCESS;
 }
 
 CUresult cuEventQuery(CUevent event) {
-  FAKE_CALL("cuEventQuery");
-  return machine().query(*reinterpret_cast<fake::Event*>(event)) ? CUDA_SUCCESS
-                                                                 : CUDA_ERROR_NOT_READY;
+  FAKE_UNSAFE_CALL("cuEventQuery");
+  fake::Event& one = *reinterpret_cast<fake::Event*>(event);
+  if (one.captured) return CUDA_ERROR_CAPTURED_EVENT;
+  return machine().query(one) ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
 }
 
 CUresult cuEventSynchronize(CUevent event) {
-  FAKE_CALL("cuEventSynchronize");
+  FAKE_UNSAFE_CALL("cuEventSynchronize");
   const fake::Event& one = *reinterpret_cast<fake::Event*>(event);
+  if (one.captured) return CUDA_ERROR_CAPTURED_EVENT;
   if (one.recorded) machine().force(one.recorded);
   return CUDA_SUCCESS;
 }
@@ -835,6 +948,11 @@ void fake_run(std::uintptr_t stream, const std::uint64_t* begins, const std::uin
   fake::Stream& on = machine().stream(fake::pointer_to<CUstream_st>(stream));
   machine().enqueue(on, {}, ranges);
   machine().force_unseen(on.last);
+}
+
+void fake_host_write(std::uint64_t begin, std::uint64_t bytes) {
+  const std::scoped_lock lock(machine().mutex);
+  machine().forget(begin, bytes, "CPU memory is written");
 }
 
 std::uintptr_t fake_reach(std::uint64_t address) {

@@ -22,9 +22,9 @@
 
 namespace fake {
 
-// The machine that there seems to be.
+// The machine that there seems to be: an H100 behind PCIe, if it is not told otherwise.
 struct Profile {
-  std::string name = "NVIDIA Double";
+  std::string name = "NVIDIA H100 PCIe";
   int driver_version = 13000;
   int devices = 1;
   std::size_t memory_bytes = std::size_t{256} << 20;
@@ -32,9 +32,22 @@ struct Profile {
   bool pins = true;  // whether registering memory is allowed at all
   bool integrated = false;
   bool coherent = false;  // shares the CPU's page tables
-  int memory_clock_khz = 2'619'000;
-  int memory_bus_bits = 6144;
+  int memory_clock_khz = 1'593'000;
+  int memory_bus_bits = 5120;
 };
+[[nodiscard]] inline Profile gh200() {
+  return {.name = "NVIDIA GH200 480GB",
+          .coherent = true,
+          .memory_clock_khz = 2'619'000,
+          .memory_bus_bits = 6144};
+}
+[[nodiscard]] inline Profile gb10() {
+  return {.name = "NVIDIA GB10",
+          .integrated = true,
+          .coherent = true,
+          .memory_clock_khz = 4'266'000,
+          .memory_bus_bits = 256};
+}
 
 // When what may be done is done.
 enum class Order : std::uint8_t {
@@ -76,6 +89,11 @@ struct Range {
 // A kernel: `body` runs when its turn comes.
 void launch(CUstream stream, std::span<const Range> ranges, std::function<void()> body);
 
+// What the stream is given until the end of captures goes into a graph instead of being done, in
+// the mode that forbids most; how many operations did.
+void begin_capture(CUstream stream);
+std::uint64_t end_capture();
+
 // Where the double itself reaches an address of the device.
 [[nodiscard]] std::byte* reach(CUdeviceptr address);
 
@@ -86,6 +104,8 @@ extern "C" {
 // what they use. `writes[i]` says whether range i is written.
 void fake_run(std::uintptr_t stream, const std::uint64_t* begins, const std::uint64_t* bytes,
               const std::uint8_t* writes, std::uint64_t count);
+// The host has written there: nothing on a stream may still be reading it.
+void fake_host_write(std::uint64_t begin, std::uint64_t bytes);
 std::uintptr_t fake_reach(std::uint64_t address);
 // How often each call was made, as "name=count;".
 void fake_counts(char* text, std::uint64_t bytes);

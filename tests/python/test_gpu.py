@@ -130,6 +130,17 @@ def test_gpu_equals_cpu(double: Any, dtype: torch.dtype, shape: Any, order: int)
         assert (lse - wanted_lse).abs().max() < 1e-4
 
 
+def test_a_table_edited_under_an_upload_is_seen(
+    double: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    double.fake_set_order(1, 11)
+    monkeypatch.setattr(gpu_double.Mark, "synchronize", lambda self: None)
+    run("cuda", torch.float32, 400)  # nothing is streamed: no ticket tells how far the stream is
+    said = ctypes.create_string_buffer(100)
+    assert double.fake_take_violations(said, len(said)) > 0
+    assert b"CPU memory is written while it may be in use" in said.value
+
+
 @pytest.mark.parametrize(
     ("dtype", "frames", "shape", "share", "order"),
     [

@@ -143,6 +143,10 @@ class Backend {
   // only call in which time passes. Returns at once when nothing is under way.
   virtual void wait(Nanos timeout_ns) = 0;
 
+  // Throws LogicError where copies cannot be ordered with what is given to `stream`: it is another
+  // device's, or is being captured. Asked before a step is given to it.
+  virtual void require_usable(ComputeStream /*stream*/) const {}
+
   // A fence behind everything that `stream` has been given so far.
   virtual Fence record(ComputeStream stream, Timing timing) = 0;
 

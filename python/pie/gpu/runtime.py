@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.dlpack import from_dlpack
@@ -46,7 +46,7 @@ class Runtime:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)  # where tensors of it are
         self.name = str(self.device)
-        self._staging: _Staging | None = None
+        self._staging: Staging | None = None
         self._launched: dict[tuple[Any, ...], Callable[..., None]] = {}
         self.processors: int = torch.cuda.get_device_properties(index).multi_processor_count
 
@@ -73,7 +73,8 @@ class Runtime:
                 whole = torch.frombuffer(bytearray(data), dtype=torch.int32).pin_memory()
                 return whole.to(self.device, non_blocking=True)
             if self._staging is None:
-                self._staging = _Staging()
+                memory = torch.empty(2 * _STAGED, dtype=torch.int32, pin_memory=True)
+                self._staging = Staging(memory, lambda: torch.cuda.current_stream().record_event())
             return self._staging.take(data)
 
     def active(self) -> AbstractContextManager[Any]:
@@ -119,28 +120,37 @@ class Runtime:
         self._launched[key] = compiled[(*grid, 1, 1)[:3]]
 
 
-class _Staging:
-    """Pinned CPU memory, taken in turn: half of it is used again once all that was started before
-    the other half was begun has been done.
+class Mark(Protocol):
+    """A place in what the compute stream has been given."""
+
+    def synchronize(self) -> None:
+        """Returns when all before it has been done."""
+
+
+class Staging:
+    """CPU memory (int32) that kernels read, taken in turn: half of it is used again once all that
+    was started before the other half was begun has been done. `mark` marks where the stream is.
     """
 
-    def __init__(self) -> None:
-        self._tensor = torch.empty(2 * _STAGED, dtype=torch.int32, pin_memory=True)
-        self._memory = memoryview(self._tensor.numpy().data).cast("B")
+    def __init__(self, memory: torch.Tensor, mark: Callable[[], Mark]) -> None:
+        self._tensor = memory
+        self._memory = memoryview(memory.numpy().data).cast("B")
+        self._mark = mark
+        self._most = memory.numel() // 2  # of a half
         self._half = 0
         self._used = 0  # of the half
-        self._left: list[torch.cuda.Event | None] = [None, None]  # by half: when it was left
+        self._left: list[Mark | None] = [None, None]  # by half: when it was left
 
     def take(self, data: bytes) -> torch.Tensor:
-        """Data, at most _STAGED numbers, for a kernel that is launched before the next call."""
+        """Data, at most half the memory, for a kernel that is launched before the next call."""
         count = -(-len(data) // 16) * 4  # so that each begins on 16 bytes
-        if self._used + count > _STAGED:
-            self._left[self._half] = torch.cuda.current_stream().record_event()
+        if self._used + count > self._most:
+            self._left[self._half] = self._mark()
             self._half, self._used = 1 - self._half, 0
             left = self._left[self._half]
             if left is not None:
                 left.synchronize()
-        begin = self._half * _STAGED + self._used
+        begin = self._half * self._most + self._used
         self._used += count
         self._memory[4 * begin : 4 * begin + len(data)] = data
         return self._tensor[begin : begin + len(data) // 4]
