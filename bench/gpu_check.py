@@ -10,6 +10,7 @@ page.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -280,7 +282,87 @@ def link() -> Report:
 
                 curve[size] = rate_of(copy, total, 3) / 1e9
             curves[f"{kind}_{way}_gb_s"] = curve
-    return curves
+        curves[f"{kind}_asked_ms"], curves[f"{kind}_done_ms"] = asked_and_done(host, device)
+    return curves | {"both_ways_gb_s": both_ways(device)}
+
+
+def asked_and_done(host: torch.Tensor, device: torch.Tensor) -> tuple[float, float]:
+    """Milliseconds that asking for a copy takes, and until it is done: far apart where the copy is
+    asynchronous.
+    """
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    device.copy_(host, non_blocking=True)
+    asked = time.perf_counter()
+    torch.cuda.synchronize()
+    return 1e3 * (asked - began), 1e3 * (time.perf_counter() - began)
+
+
+def both_ways(device: torch.Tensor) -> Report:
+    """Pinned copies to the device and from it at once, each way on a stream of its own."""
+    half = device.numel() // 2
+    hosts = [torch.zeros(half, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    streams = [torch.cuda.Stream(GPU) for _ in range(2)]
+    times: dict[str, list[float]] = {"to_device": [], "to_host": []}
+    for _ in range(4):
+        torch.cuda.synchronize()
+        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(2)]
+        for part, (stream, (begin, end)) in enumerate(zip(streams, marks, strict=True)):
+            here, there = hosts[part], device[part * half : (part + 1) * half]
+            with torch.cuda.stream(stream):
+                begin.record()
+                for _ in range(8):
+                    (here if part else there).copy_(there if part else here, non_blocking=True)
+                end.record()
+        torch.cuda.synchronize()
+        for way, (begin, end) in zip(times, marks, strict=True):
+            times[way].append(begin.elapsed_time(end) / 1e3)
+    return {way: 8 * half / statistics.median(all_of[1:]) / 1e9 for way, all_of in times.items()}
+
+
+def registration() -> Report:
+    """Microseconds that a launch takes the host, alone and while another thread registers and gives
+    back CPU memory as a growing pool does, 64 MiB at a time; and the rate of registering.
+    """
+    runtime = torch.cuda.cudart()
+    host = torch.zeros(1024 * MIB, dtype=torch.uint8)
+    small = torch.zeros(64, device=GPU)
+    ending = threading.Event()
+    registered: list[float] = []
+
+    def register() -> None:
+        torch.cuda.set_device(GPU)
+        chunk = 64 * MIB
+        while not ending.is_set():
+            for at in range(0, host.numel(), chunk):
+                began = time.perf_counter()
+                runtime.cudaHostRegister(host.data_ptr() + at, chunk, 0)
+                registered.append(chunk / (time.perf_counter() - began) / 1e9)
+                if ending.is_set():
+                    break
+            for done in range(0, at + chunk, chunk):
+                runtime.cudaHostUnregister(host.data_ptr() + done)
+
+    def launches() -> Report:
+        taken = []
+        until = time.perf_counter() + 2
+        while time.perf_counter() < until:
+            began = time.perf_counter()
+            small.add_(1)
+            taken.append(1e6 * (time.perf_counter() - began))
+            if len(taken) % 200 == 0:
+                torch.cuda.synchronize()
+        taken.sort()
+        return {"median": statistics.median(taken), "p99": taken[len(taken) * 99 // 100]}
+
+    alone = launches()
+    thread = threading.Thread(target=register)
+    thread.start()
+    beside = launches()
+    ending.set()
+    thread.join()
+    rate = statistics.median(registered)
+    return {"alone_us": alone, "beside_us": beside, "registered_gb_s": rate}
 
 
 def filled(
@@ -339,6 +421,32 @@ class Spy:
         self._launch(*args, **options)
 
 
+def flashinfer_rate(q: torch.Tensor, length: int) -> float:
+    """Of its decode kernel, over pages as our frames are: bytes of KV a second."""
+    import flashinfer
+
+    page, batch = 64, len(q)
+    pages = length // page * batch
+    kv = torch.randn(pages, 2, 8, page, 128, device=GPU, dtype=torch.bfloat16)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(256 * MIB, dtype=torch.uint8, device=GPU), "HND"
+    )
+    wrapper.plan(
+        torch.arange(0, pages + 1, length // page, dtype=torch.int32, device=GPU),
+        torch.randperm(pages, device=GPU).int(),
+        torch.full((batch,), page, dtype=torch.int32, device=GPU),
+        *(32, 8, 128, page),
+        q_data_type=q.dtype,
+        kv_data_type=kv.dtype,
+    )
+
+    def work() -> None:
+        for _ in range(20):
+            wrapper.run(q, kv)
+
+    return rate_of(work, 20 * kv.nbytes)
+
+
 def attention() -> Report:
     """Decode attention over frames beside torch's own over contiguous K and V: GB/s of KV, of the
     kernel alone; and what a layer costs the host.
@@ -386,6 +494,8 @@ def attention() -> Report:
             "host_us_a_layer": 1e6 * statistics.median(host[2:]),
         }
         del keys, values
+        if importlib.util.find_spec("flashinfer") is not None:
+            results[f"{batch}x{length}"]["flashinfer_gb_s"] = flashinfer_rate(q, length) / 1e9
     return results
 
 
@@ -586,6 +696,7 @@ SECTIONS: dict[str, Callable[[], Report]] = {
     "kernels": kernels,
     "tokens": tokens,
     "link": link,
+    "registration": registration,
     "attention": attention,
     "in_place": in_place,
     "prompt": prompt,
