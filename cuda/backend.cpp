@@ -37,10 +37,9 @@ constexpr std::size_t fences_kept = 256;           // until somebody looks which
 constexpr Nanos anchor_ns_max = 4'000'000'000;  // floats of milliseconds are exact to 0.5 us there
 constexpr std::chrono::microseconds nap(20);
 
-// What a ticket leaves on its lane's stream. Loads alone are timed from their beginning: each event
-// costs the host about what a launch does.
+// What a ticket leaves on its lane's stream. When it began nobody marks, since each event costs the
+// host about what a launch does: it began when the last that it had to wait for had passed.
 struct Marks {
-  Event began;
   Event ended;
   Nanos submitted_ns = 0;
 };
@@ -51,6 +50,7 @@ struct Pending {
   std::uint64_t id = 0;
   ComputeStream stream;
   Event event;
+  bool timed = false;  // somebody wants to know when it passed
 };
 
 CUstream stream_of(ComputeStream stream) {
@@ -95,13 +95,14 @@ class Cuda final : public Backend {
   [[nodiscard]] CUstream lane_stream(Lane lane) const {
     return lane_streams_[static_cast<std::size_t>(lane)];
   }
+  [[nodiscard]] Log& ended_log(Lane lane) { return ended_[static_cast<std::size_t>(lane)]; }
   bool check(CUresult result, const char* what);
   void take_memory(const CudaOptions& options);
   void close();
   void anchor();
   [[nodiscard]] double share_in_place(double asked) const;
 
-  void order(CUstream stream, const Dep& dep);
+  void order(CUstream stream, const Dep& dep, bool for_ticket);
   void enqueue(Tickets::Entry& entry);
   void copy(CUstream stream, std::span<const Copy> copies);
   void reap();
@@ -110,7 +111,7 @@ class Cuda final : public Backend {
   void end(Tickets::Entry& entry);
   void abandon();
   [[nodiscard]] Nanos time_of(const Event& event);
-  [[nodiscard]] Nanos began_at(const Marks& marks);
+  [[nodiscard]] Nanos began_at(const Tickets::Entry& entry);
 
   const Driver driver_;
   const Bytes stride_;
@@ -125,7 +126,8 @@ class Cuda final : public Backend {
   Events events_;
   Event anchor_;  // whose time on the host's clock is known
   Nanos anchor_ns_ = 0;
-  Nanos write_ended_ns_ = 0;  // of the last ticket of device_to_pool that is known to have ended
+  std::array<Log, 2> ended_;  // tickets, by lane
+  Log passed_;                // fences that tickets waited for
   Tickets tickets_;
   std::deque<Pending> fences_;   // in the order of their ids
   std::vector<CUdeviceptr> to_;  // of one batch, as the next two
@@ -215,7 +217,6 @@ void Cuda::close() {
   for (Pending& fence : fences_) events_.give_back(fence.event);
   for (const Lane lane : {Lane::pool_to_device, Lane::device_to_pool}) {
     for (auto& [id, entry] : tickets_.live(lane)) {
-      events_.give_back(entry.work.began);
       events_.give_back(entry.work.ended);
     }
   }
@@ -252,7 +253,7 @@ Nanos Cuda::now() const {
 // A moment that both clocks know.
 void Cuda::anchor() {
   CUstream stream = lane_streams_.front();
-  driver_.require(events_.take(true, anchor_), "making an event");
+  driver_.require(events_.take(anchor_), "making an event");
   driver_.require(driver_.event_record(anchor_.handle, stream), "recording an event");
   driver_.require(driver_.event_synchronize(anchor_.handle), "waiting for an event");
   anchor_ns_ = now();
@@ -312,24 +313,23 @@ Ticket Cuda::submit(std::span<const Copy> copies, std::span<const Dep> after) {
 
 void Cuda::enqueue(Tickets::Entry& entry) {
   CUstream stream = lane_stream(entry.completion.ticket.lane);
-  for (const Dep& dep : entry.after) order(stream, dep);
+  for (const Dep& dep : entry.after) order(stream, dep, true);
   if (!lost_.empty()) return;  // what it could not wait for it must not follow
   Marks& marks = entry.work;
-  const bool load = entry.completion.ticket.lane == Lane::pool_to_device;
   marks.submitted_ns = now();
-  if (check(events_.take(true, marks.ended), "making an event") &&
-      (!load || (check(events_.take(true, marks.began), "making an event") &&
-                 check(driver_.event_record(marks.began.handle, stream), "recording an event")))) {
+  if (check(events_.take(marks.ended), "making an event")) {
     copy(stream, entry.copies);
     check(driver_.event_record(marks.ended.handle, stream), "recording an event");
   }
 }
 
-// What `stream` is given from now on comes after `dep`.
-void Cuda::order(CUstream stream, const Dep& dep) {
+// What `stream` is given from now on comes after `dep`, of which a ticket may want to know when it
+// passed.
+void Cuda::order(CUstream stream, const Dep& dep, bool for_ticket) {
   if (dep.fence.id != 0) {
     const auto found = std::ranges::lower_bound(fences_, dep.fence.id, {}, &Pending::id);
     if (found != fences_.end() && found->id == dep.fence.id) {
+      found->timed = found->timed || for_ticket;
       check(driver_.stream_wait(stream, found->event.handle, 0), "waiting for a fence");
     }
   }
@@ -420,9 +420,8 @@ Fence Cuda::record(ComputeStream stream, Timing timing) {
   const Current mine = current();
   if (fences_.size() >= fences_kept) reap_fences();
   const Fence fence = tickets_.record(timing);
-  Pending pending{fence.id, stream, {}};
-  if (lost_.empty() &&
-      check(events_.take(timing == Timing::wanted, pending.event), "making an event") &&
+  Pending pending{fence.id, stream, {}, timing == Timing::wanted};
+  if (lost_.empty() && check(events_.take(pending.event), "making an event") &&
       check(driver_.event_record(pending.event.handle, stream_of(stream)), "recording an event")) {
     fences_.push_back(pending);
   } else {
@@ -437,7 +436,7 @@ void Cuda::depend(ComputeStream stream, const Dep& dep) {
   tickets_.require_issued(dep, "depend: waits for a fence or ticket that was never submitted");
   if (!lost_.empty() || tickets_.has_passed(dep)) return;
   const Current mine = current();
-  order(stream_of(stream), dep);
+  order(stream_of(stream), dep, false);
   if (!lost_.empty()) abandon();
 }
 
@@ -464,7 +463,7 @@ void Cuda::wait(Nanos timeout_ns) {
 
 void Cuda::reap() {
   reap_fences();
-  for (const Lane lane : {Lane::pool_to_device, Lane::device_to_pool}) reap_lane(lane);
+  for (const Lane lane : {Lane::device_to_pool, Lane::pool_to_device}) reap_lane(lane);
   if (!lost_.empty()) abandon();
 }
 
@@ -475,17 +474,23 @@ void Cuda::reap_lane(Lane lane) {
     Tickets::Entry& entry = live.begin()->second;
     const CUresult result = driver_.event_query(entry.work.ended.handle);
     if (result == CUDA_ERROR_NOT_READY || !check(result, "copying")) return;
-    entry.completion.began = std::min(began_at(entry.work), now());
-    entry.completion.ended = std::clamp(time_of(entry.work.ended), entry.completion.began,
-                                        std::max(entry.completion.began, now()));
-    if (lane == Lane::device_to_pool) write_ended_ns_ = entry.completion.ended;
+    if (std::ranges::any_of(entry.after, [&](const Dep& d) { return !tickets_.has_passed(d); })) {
+      reap_fences();  // they have by now
+    }
+    entry.completion.ended = std::min(time_of(entry.work.ended), now());
+    entry.completion.began = std::min(began_at(entry), entry.completion.ended);
+    ended_log(lane).add(entry.completion.ticket.id, entry.completion.ended);
     end(entry);
   }
 }
 
-Nanos Cuda::began_at(const Marks& marks) {
-  if (marks.began.handle != nullptr) return time_of(marks.began);
-  return std::max(marks.submitted_ns, write_ended_ns_);
+Nanos Cuda::began_at(const Tickets::Entry& entry) {
+  Nanos began = std::max(entry.work.submitted_ns, ended_log(entry.completion.ticket.lane).last());
+  for (const Dep& dep : entry.after) {
+    began =
+        std::max({began, passed_.at(dep.fence.id), ended_log(dep.ticket.lane).at(dep.ticket.id)});
+  }
+  return began;
 }
 
 // Those of a stream pass in turn.
@@ -498,7 +503,9 @@ void Cuda::reap_fences() {
       ahead.push_back(fence.stream);
       return false;
     }
-    tickets_.pass({fence.id}, fence.event.timed ? std::min(time_of(fence.event), now()) : 0);
+    const Nanos passed_ns = fence.timed ? std::min(time_of(fence.event), now()) : 0;
+    if (fence.timed) passed_.add(fence.id, passed_ns);
+    tickets_.pass({fence.id}, passed_ns);
     events_.give_back(fence.event);
     return true;
   });
@@ -511,7 +518,6 @@ void Cuda::end(Tickets::Entry& entry) {
     std::swap(anchor_, marks.ended);
     anchor_ns_ = entry.completion.ended;
   }
-  events_.give_back(marks.began);
   events_.give_back(marks.ended);
   tickets_.end(entry.completion.ticket);
 }

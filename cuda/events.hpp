@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <cstdint>
 #include <vector>
 
 #include "driver.hpp"
@@ -12,7 +13,6 @@ namespace pie::cuda {
 
 struct Event {
   CUevent handle = nullptr;
-  bool timed = false;
 };
 
 class Events {
@@ -21,35 +21,60 @@ class Events {
   Events(const Events&) = delete;
   Events& operator=(const Events&) = delete;
   ~Events() {
-    for (const std::vector<CUevent>& spare : spare_) {
-      for (CUevent event : spare) driver_.event_destroy(event);
-    }
+    for (CUevent event : spare_) driver_.event_destroy(event);
   }
 
   // One that was never recorded, or has passed; no handle where the driver gives none.
-  [[nodiscard]] CUresult take(bool timed, Event& event) {
-    std::vector<CUevent>& spare = spare_[timed ? 1 : 0];
-    event.timed = timed;
-    if (spare.empty()) {
-      made_[timed ? 1 : 0] += 1;
-      spare_[timed ? 1 : 0].reserve(made_[timed ? 1 : 0]);  // giving back asks for nothing
-      return driver_.event_create(&event.handle,
-                                  timed ? CU_EVENT_DEFAULT : CU_EVENT_DISABLE_TIMING);
+  [[nodiscard]] CUresult take(Event& event) {
+    if (spare_.empty()) {
+      spare_.reserve(++made_);  // giving back asks for nothing
+      return driver_.event_create(&event.handle, CU_EVENT_DEFAULT);
     }
-    event.handle = spare.back();
-    spare.pop_back();
+    event.handle = spare_.back();
+    spare_.pop_back();
     return CUDA_SUCCESS;
   }
 
   void give_back(Event& event) {
-    if (event.handle != nullptr) spare_[event.timed ? 1 : 0].push_back(event.handle);
+    if (event.handle != nullptr) spare_.push_back(event.handle);
     event.handle = nullptr;
   }
 
  private:
   const Driver& driver_;
-  std::array<std::vector<CUevent>, 2> spare_;  // untimed, timed
-  std::array<std::size_t, 2> made_{};
+  std::vector<CUevent> spare_;
+  std::size_t made_ = 0;
+};
+
+// When the last few things of a kind passed, by their number, which grows.
+class Log {
+ public:
+  void add(std::uint64_t id, Nanos passed_ns) {
+    Entry& oldest = entries_[next_++ % entries_.size()];
+    oldest = {id, passed_ns};
+  }
+
+  // 0: nothing is known of it.
+  [[nodiscard]] Nanos at(std::uint64_t id) const {
+    for (const Entry& entry : entries_) {
+      if (id != 0 && entry.id == id) return entry.passed_ns;
+    }
+    return 0;
+  }
+
+  // Of the newest.
+  [[nodiscard]] Nanos last() const {
+    return next_ == 0 ? 0 : entries_[(next_ - 1) % entries_.size()].passed_ns;
+  }
+
+ private:
+  struct Entry {
+    std::uint64_t id = 0;
+    Nanos passed_ns = 0;
+  };
+
+  std::array<Entry, 32> entries_{};
+  std::size_t next_ = 0;
 };
 
 }  // namespace pie::cuda

@@ -389,7 +389,7 @@ TEST(CudaSteps, CostFewCalls) {
   std::cout << copies << " copies' submissions and " << a_layer("cuEventRecord")
             << " events a layer\n";
   EXPECT_LE(copies, 2.05);
-  EXPECT_LE(a_layer("cuEventRecord"), 6.2);
+  EXPECT_LE(a_layer("cuEventRecord"), 4.5);
   EXPECT_EQ(fake::take_violations(), std::vector<std::string>());
 }
 

@@ -285,7 +285,7 @@ class LaunchesNothing(gpu_double.Double):
         self.launches += 1
 
 
-@pytest.mark.parametrize(("policy", "copies", "records"), [("off", 0, 0), ("fixed:0.5", 2.05, 5.5)])
+@pytest.mark.parametrize(("policy", "copies", "records"), [("off", 0, 0), ("fixed:0.5", 2.05, 4)])
 def test_calls_of_the_driver_a_layer(
     double: Any, monkeypatch: pytest.MonkeyPatch, policy: str, copies: float, records: float
 ) -> None:
