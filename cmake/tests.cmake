@@ -15,6 +15,7 @@ function(pie_test name)
   gtest_discover_tests(test_${name} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600)
 endfunction()
 
+pie_test(adaptive)
 pie_test(allocation)
 pie_test(attention)
 pie_test(cache)

@@ -124,6 +124,7 @@ class Cache::Impl {
   }
   void verify() noexcept;
   [[nodiscard]] Stats stats() const;
+  void add_estimates(Stats& stats) const;
   [[nodiscard]] Bytes kv_bytes() const;
   [[nodiscard]] std::uint32_t device_frames() const { return scheduler_.map().device().capacity(); }
 
@@ -516,11 +517,24 @@ Stats Cache::Impl::stats() const {
   stats.block_tokens = geometry_.block_tokens;
   stats.resident_frames = map.device().used();
   stats.ring_frames = scheduler_.plan().ring_frames;
+  add_estimates(stats);
   stats.policy = scheduler_.policy().name();
   stats.pool_io = capabilities_.pool_io;
   stats.pool_io_reason = capabilities_.pool_io_reason;
   stats.attention_isa = pie::attention_isa();
   return stats;
+}
+
+// What was learned from steps.
+void Cache::Impl::add_estimates(Stats& stats) const {
+  const State& state = scheduler_.state();
+  const auto stride = static_cast<double>(capabilities_.frame_stride);
+  stats.budget_bytes = state.budget.frames * capabilities_.frame_stride;
+  stats.budget_reason = name_of(state.budget.reason);
+  stats.budget_moves = state.moves;
+  if (state.load_ns > 0) stats.link_bytes_per_s = stride * 1e9 / state.load_ns;
+  stats.interference_ns_per_byte = state.decode.interference_ns() / stride;
+  stats.slowdown = state.slowdown;
 }
 
 // What several sequences share counts once, what windows gave back not at all.
@@ -646,7 +660,9 @@ auto Cache::change(const Change& what) {
 Cache::Cache(const CacheOptions& options) : door_(std::make_unique<Door>()) {
   const Geometry geometry = resolve(options);
   std::unique_ptr<Policy> policy = make_policy(options.policy);
+  const Objective objective = make_objective(options.objective, options.slack, options.max_tpot_ms);
   impl_ = std::make_unique<Impl>(geometry, std::move(policy), open_backend(options, geometry));
+  impl_->scheduler_.set_objective(objective);
 }
 
 Cache::Cache(const Geometry& geometry, const std::string& policy, std::unique_ptr<Backend> backend)
@@ -730,6 +746,19 @@ void Cache::set_stream(ComputeStream stream) {
     turn->refuse_in_step("set_stream");
     turn->scheduler_.set_stream(stream);
   });
+}
+
+void Cache::set_objective(const Objective& objective) {
+  change([&](const Turn& turn) {
+    turn->refuse_in_step("set_objective");
+    turn->scheduler_.set_objective(objective);
+  });
+}
+
+Headroom Cache::headroom() const {
+  const Turn turn(*this, ask);
+  turn->refuse_in_step("headroom");
+  return turn->scheduler_.headroom();
 }
 
 void Cache::finish() {

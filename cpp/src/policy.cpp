@@ -1,4 +1,4 @@
-// The policies "off", "fit" and "fixed:F".
+// The policies "off", "adaptive", "fit" and "fixed:F".
 #include "pie/policy.hpp"
 
 #include <algorithm>
@@ -122,7 +122,8 @@ std::uint64_t widest_share(const Totals& totals, std::uint64_t frames) {
 // copies of the best size where that is more, and never above half of what is not pinned nor what
 // the pool has left, but `least` in any case. On a stream half a layer more, for segments that are
 // not full: without it the last of a layer comes late, since nobody computes what is there already.
-// It moves in steps of an eighth or less, so that it seldom moves at all.
+// It moves in steps of an eighth or less, and one in force that serves stays, since what has been
+// asked for ahead is lost when it moves.
 std::uint64_t ring_for(const Snapshot& snapshot, const Totals& totals, std::uint64_t frames,
                        std::uint64_t free, std::uint64_t left, std::uint64_t least) {
   const std::uint64_t share = widest_share(totals, frames);
@@ -131,7 +132,11 @@ std::uint64_t ring_for(const Snapshot& snapshot, const Totals& totals, std::uint
       std::min<std::uint64_t>(2ULL * snapshot.copy_frames_best, free / 8);
   const std::uint64_t most = std::max<std::uint64_t>(1, std::min(free / 2, left));
   const std::uint64_t ring = std::clamp<std::uint64_t>(std::max(layers, two_copies), 1, most);
-  return std::max(least, ring - ring % std::max<std::uint64_t>(1, std::bit_floor(ring) / 8));
+  const std::uint64_t wanted =
+      std::max(least, ring - ring % std::max<std::uint64_t>(1, std::bit_floor(ring) / 8));
+  const std::uint64_t now = snapshot.ring_frames;
+  const std::uint64_t next = now < wanted ? wanted + wanted / 4 : now;  // where it is to move, far
+  return now == 0 || next > wanted + wanted / 2 || next >= most ? wanted : next;
 }
 
 // Streams at least `wanted` of the active frames, and more until the rest fits beside a ring of
@@ -212,6 +217,8 @@ class Off final : public Policy {
 
 class Fit final : public Policy {
  public:
+  explicit Fit(std::string name) : name_(std::move(name)) {}
+
   [[nodiscard]] Plan plan(const Snapshot& snapshot) const override {
     if (snapshot.pool_frames == 0) return Off().plan(snapshot);
     const Totals totals = totals_of(snapshot);
@@ -220,7 +227,10 @@ class Fit final : public Policy {
     plan.write_behind = (totals.full() + totals.pinned) * 2 > snapshot.device_frames;
     return plan;
   }
-  [[nodiscard]] std::string name() const override { return "fit"; }
+  [[nodiscard]] std::string name() const override { return name_; }
+
+ private:
+  std::string name_;
 };
 
 class Fixed final : public Policy {
@@ -260,7 +270,7 @@ std::uint64_t device_frames_needed(const Snapshot& snapshot, const Plan& plan) {
 
 std::unique_ptr<Policy> make_policy(const std::string& name) {
   if (name == "off") return std::make_unique<Off>();
-  if (name == "fit") return std::make_unique<Fit>();
+  if (name == "adaptive" || name == "fit") return std::make_unique<Fit>(name);
   if (name.starts_with("fixed:")) {
     double share = -1;
     const char* first = name.data() + 6;
@@ -270,8 +280,9 @@ std::unique_ptr<Policy> make_policy(const std::string& name) {
       return std::make_unique<Fixed>(share, name);
     }
   }
-  throw ConfigError("policy '" + name +
-                    "' is unknown: use 'fit', 'off', or 'fixed:F' with F between 0 and 1.");
+  throw ConfigError(
+      "policy '" + name +
+      "' is unknown: use 'adaptive', 'fit', 'off', or 'fixed:F' with F between 0 and 1.");
 }
 
 }  // namespace pie

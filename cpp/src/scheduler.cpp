@@ -26,7 +26,8 @@ Scheduler::Scheduler(Backend& backend, const Geometry& geometry, std::unique_ptr
       policy_(std::move(policy)),
       map_(geometry, capabilities_.device_frames, capabilities_.pool_frames),
       transfers_(backend, map_),
-      ring_(transfers_, capabilities_.streams) {
+      ring_(transfers_, capabilities_.streams),
+      controller_(backend, transfers_, geometry) {
   const Bytes best = std::max(capabilities_.copy_bytes_best, capabilities_.frame_stride);
   copy_frames_ = static_cast<std::uint32_t>(
       std::max<Bytes>(1, best / std::max<Bytes>(1, capabilities_.frame_stride)));
@@ -62,6 +63,8 @@ void Scheduler::begin(std::span<const Growth> batch, const StepShape& shape) {
   const std::uint32_t capacity = map_.device().capacity();
   std::vector<BranchView> views;
   const Snapshot now = snapshot(capacity - std::min(capacity, set_aside), pool_frames_, views);
+  const auto is_decode = [](const Growth& growth) { return growth.new_tokens == 1; };
+  controller_.begin(std::ranges::all_of(batch_, is_decode), now);
   Plan plan = policy_->plan(now);
   admit(now, plan, set_aside);
 
@@ -194,6 +197,7 @@ Snapshot Scheduler::snapshot(std::uint32_t device_frames, std::uint32_t pool_fra
   result.copy_frames_best = copy_frames_;
   result.growth_frames =
       static_cast<std::uint32_t>(batch_.size() * geometry_.layers / geometry_.block_tokens);
+  result.ring_frames = plan_.ring_frames;
   result.whole_layers = shape_.whole_layers;
   result.streams = capabilities_.streams;
   result.branches = views;
@@ -448,6 +452,7 @@ void Scheduler::set_stream(ComputeStream stream) {
   backend_.require_usable(stream);
   backend_.depend(stream, {backend_.record(stream_, Timing::unwanted), {}});
   stream_ = stream;
+  controller_.set_stream(stream);
   transfers_.set_stream(stream);
 }
 
@@ -919,6 +924,7 @@ void Scheduler::finish() {
   end_layer();
   land();
   raise_errors();
+  controller_.finish();
   const std::uint32_t size = geometry_.block_tokens;
   for (const Growth& growth : batch_) {
     Branch& branch = *growth.branch;
@@ -926,6 +932,11 @@ void Scheduler::finish() {
     branch.full = growth.sequence->tokens / size - branch.first;
     if (branch.full > branch.open) branch.open = no_frame;
   }
+}
+
+Headroom Scheduler::headroom() const {
+  std::vector<BranchView> views;
+  return controller_.headroom(snapshot(map_.device().capacity(), pool_frames_, views));
 }
 
 void Scheduler::look_ahead() {
@@ -964,6 +975,7 @@ void Scheduler::write_grown(const Growth& growth, std::uint32_t layer) {
 }
 
 void Scheduler::abort() {
+  controller_.abort();
   end_layer();  // whatever it has come to
   ring_.drop_all();
   stop_prefetch();
@@ -1002,7 +1014,7 @@ void Scheduler::land() {
 void Scheduler::wait() {
   const Nanos began = backend_.now();
   transfers_.wait();
-  stall_ns_ += backend_.now() - began;
+  controller_.add_stall(backend_.now() - began);
   land();
 }
 

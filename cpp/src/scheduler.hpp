@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "block_map.hpp"
+#include "controller.hpp"
 #include "pie/backend.hpp"
 #include "pie/layer_kernel.hpp"
 #include "pie/policy.hpp"
@@ -63,7 +64,12 @@ class Scheduler {
   [[nodiscard]] const Transfers& transfers() const { return transfers_; }
   [[nodiscard]] const Policy& policy() const { return *policy_; }
   [[nodiscard]] const Plan& plan() const { return plan_; }
-  [[nodiscard]] Nanos stall_ns() const { return stall_ns_ + transfers_.stall_ns(); }
+  [[nodiscard]] Nanos stall_ns() const { return controller_.stall_ns(); }
+  [[nodiscard]] const State& state() const { return controller_.state(); }
+  void set_objective(const Objective& objective) { controller_.set_objective(objective); }
+
+  // Between steps.
+  [[nodiscard]] Headroom headroom() const;
 
   // Frames of the pool that were read where they lie, each as often as it was.
   [[nodiscard]] std::uint64_t in_place_frames() const { return in_place_frames_; }
@@ -275,6 +281,7 @@ class Scheduler {
   BlockMap map_;
   Transfers transfers_;
   Ring ring_;
+  Controller controller_;
   std::vector<LayerClass> classes_;
 
   Plan plan_;
@@ -300,7 +307,6 @@ class Scheduler {
   std::vector<FrameIndex> pool_frames_taken_;  // for what is about to be written
   std::uint32_t copy_frames_ = 1;              // the most frames one ticket moves
   std::uint32_t pool_frames_ = 0;              // the most that the pool may come to hold
-  Nanos stall_ns_ = 0;
   std::uint64_t in_place_frames_ = 0;
 };
 

@@ -13,6 +13,15 @@ namespace pie {
 
 namespace {
 
+// Copies may be under way at once: the time of each counts from when the one before it ended.
+void count(const Completion& completion, std::uint32_t frames, Traffic& traffic) {
+  if (completion.status != Status::ok) return;
+  const Nanos from = std::max(completion.began, traffic.ended_ns);
+  traffic.frames += frames;
+  traffic.busy_ns += std::max<Nanos>(0, completion.ended - from);
+  traffic.ended_ns = std::max(traffic.ended_ns, completion.ended);
+}
+
 constexpr Nanos wait_ns_max = 1'000'000'000;
 constexpr std::size_t halts_max = 1024;
 constexpr Bytes held_bytes_most = Bytes{16} << 20;  // of writes that may end together
@@ -133,9 +142,29 @@ void Transfers::depend(Ticket ticket) {
   backend_.depend(stream_, {{}, ticket});
 }
 
+Fence Transfers::mark(ComputeStream stream) {
+  marks_.reserve(marks_.size() + 1);
+  marks_.push_back({backend_.record(stream, Timing::wanted), {}});
+  return marks_.back().fence;
+}
+
+std::optional<Nanos> Transfers::take_mark(Fence fence) {
+  const auto found = std::ranges::find(marks_, fence, &Mark::fence);
+  if (found == marks_.end() || !found->passed_ns) return {};
+  const std::optional<Nanos> passed = found->passed_ns;
+  marks_.erase(found);
+  return passed;
+}
+
+void Transfers::drop_mark(Fence fence) {
+  std::erase_if(marks_, [&](const Mark& mark) { return mark.fence == fence; });
+}
+
 // A fence has passed, or a ticket ended, that a halt may have been told by.
 void Transfers::pass(const Completion& completion) {
   const bool fence = completion.ticket.id == 0;
+  const auto mark = std::ranges::find(marks_, completion.fence, &Mark::fence);
+  if (fence && mark != marks_.end()) mark->passed_ns = completion.ended;
   std::erase_if(halts_, [&](Halt& halt) {
     if (fence ? halt.before != completion.fence : halt.ticket != completion.ticket) return false;
     (fence ? halt.began_ns : halt.ended_ns) = completion.ended;
@@ -186,6 +215,8 @@ void Transfers::submit(std::span<const Transfer> group) {
   const Transfer& first = group.front();
   decltype(in_flight_) one;
   auto node = one.extract(one.emplace(0, first).first);
+  node.mapped().frames = 0;
+  for (const Transfer& transfer : group) node.mapped().frames += transfer.count;
   in_flight_.reserve(in_flight_.size() + 1);
   pool_guards_.reserve(pool_guards_.size() + guards.size());
   const Ticket ticket = backend_.submit(copies, deps);
@@ -340,7 +371,7 @@ std::string Transfers::take_error(Branch& branch) {
 }
 
 void Transfers::end(const Completion& completion) {
-  if (!halts_.empty()) pass(completion);
+  if (!halts_.empty() || !marks_.empty()) pass(completion);
   if (completion.ticket.id == 0) return;
   if (streams_ && completion.status != Status::ok && lost_.empty()) {
     const bool load = completion.ticket.lane == Lane::pool_to_device;
@@ -349,6 +380,7 @@ void Transfers::end(const Completion& completion) {
   }
   const auto fetch = std::ranges::find(fetching_, completion.ticket, &Fetch::ticket);
   if (fetch != fetching_.end()) {
+    count(completion, fetch->frames, loads_);
     if (!streams_ && completion.status == Status::ok) loaded_frames_ += fetch->frames;
     fetching_.erase(fetch);
     fetched_.push_back(completion);
@@ -358,7 +390,9 @@ void Transfers::end(const Completion& completion) {
   require(it != in_flight_.end(), "Transfers::land: a ticket ended that was never submitted.");
   Transfer transfer = it->second;
   in_flight_.erase(it);
-  loads_in_flight_ -= transfer.lane == Lane::pool_to_device ? 1 : 0;
+  const bool load = transfer.lane == Lane::pool_to_device;
+  loads_in_flight_ -= load ? 1 : 0;
+  count(completion, transfer.frames, load ? loads_ : writes_);
   if (streams_) return;
   --transfer.branch->in_flight;
   if (completion.status != Status::ok && transfer.tries < tries_max) {
@@ -376,7 +410,7 @@ void Transfers::end(const Completion& completion) {
 
 const std::vector<Landed>& Transfers::land() {
   std::array<Completion, 64> ended;
-  const bool expected = any() || !halts_.empty();
+  const bool expected = any() || !halts_.empty() || !marks_.empty();
   for (std::size_t count = ended.size(); count == ended.size() && expected;) {
     landing_.reserve(landing_.size() + ended.size());
     fetched_.reserve(fetched_.size() + ended.size());

@@ -39,6 +39,13 @@ inline constexpr std::uint32_t tries_max = 3;
 // Adds a copy to a list, to the last copy there where it goes on from that in both tiers.
 void add_copy(const Copy& copy, std::vector<Copy>& copies);
 
+// What went one way, and how long at least one copy of it was under way.
+struct Traffic {
+  std::uint64_t frames = 0;
+  Nanos busy_ns = 0;
+  Nanos ended_ns = 0;  // the last that ended
+};
+
 class Transfers {
  public:
   Transfers(Backend& backend, BlockMap& map);
@@ -75,6 +82,15 @@ class Transfers {
 
   // How long streams have waited for copies, as far as it is known yet.
   [[nodiscard]] Nanos stall_ns() const { return stall_ns_; }
+
+  // A place on a stream: when it passed, once that is known, and then no more.
+  [[nodiscard]] Fence mark(ComputeStream stream);
+  [[nodiscard]] std::optional<Nanos> take_mark(Fence fence);
+  void drop_mark(Fence fence);
+
+  // To the device, and to the pool.
+  [[nodiscard]] const Traffic& loads() const { return loads_; }
+  [[nodiscard]] const Traffic& writes() const { return writes_; }
 
   // Adds what copies into a device frame must wait for.
   void add_guards(FrameIndex device, std::vector<Dep>& after) const;
@@ -125,7 +141,8 @@ class Transfers {
   struct Transfer : Landed {
     bool optional = false;
     std::uint32_t tries = 1;
-    bool ordered = false;  // the stream waits for it
+    bool ordered = false;      // the stream waits for it
+    std::uint32_t frames = 0;  // of its ticket
   };
 
   // Of a device frame. Value 0 is "none".
@@ -141,6 +158,11 @@ class Transfers {
     Ticket ticket;
     std::optional<Nanos> began_ns = {};
     std::optional<Nanos> ended_ns = {};
+  };
+
+  struct Mark {
+    Fence fence;
+    std::optional<Nanos> passed_ns;
   };
 
   // A ticket of `fetch` under way.
@@ -181,6 +203,9 @@ class Transfers {
   std::vector<Landed> landing_;                              // since `land` was called
   std::vector<Landed> landed_;                               // what it returned
   std::vector<Halt> halts_;                                  // a handful, oldest first
+  std::vector<Mark> marks_;
+  Traffic loads_;
+  Traffic writes_;
   Nanos stall_ns_ = 0;
   std::string lost_;
   std::uint32_t loads_in_flight_ = 0;  // tickets

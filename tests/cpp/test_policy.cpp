@@ -155,7 +155,7 @@ TEST(Policy, FixedKeepsWithinThePool) {
 
 TEST(Policy, UnknownNamesAreRefused) {
   for (const char* name : {"", "fixed", "fixed:", "fixed:2", "fixed:-0.1", "fixed:0.5x", "Fit",
-                           "adaptive", "fixed:nan"}) {
+                           "Adaptive", "fixed:nan"}) {
     EXPECT_THROW(static_cast<void>(make_policy(name)), ConfigError) << name;
   }
 }

@@ -109,7 +109,7 @@ TEST(Trajectory, ABudgetThatMoves) {
     model.resize(device, 300);
     steps(model, {{first, 1}, {second, 3}}, 6);
   }
-  EXPECT_EQ(cost_of(model), (Cost{6746260, 4613039, 540, 936, 36, 75}));
+  EXPECT_EQ(cost_of(model), (Cost{6815865, 4682644, 549, 960, 36, 75}));
 }
 
 // The step after the cut fills what is partial now, and was full and in the pool before.
@@ -166,13 +166,13 @@ void random_history(Model& model, std::uint64_t seed) {
 TEST(Trajectory, ARandomHistoryThatStreamsWhatItMust) {
   Model model(small_geometry(3), "fit", orderly_machine(3, 40, 200));
   random_history(model, 1);
-  EXPECT_EQ(cost_of(model), (Cost{338939768, 239415563, 15049, 35825, 2452, 4307}));
+  EXPECT_EQ(cost_of(model), (Cost{337770493, 238246288, 15023, 35822, 2433, 4274}));
 }
 
 TEST(Trajectory, ARandomHistoryThatStreamsHalf) {
   Model model(small_geometry(3), "fixed:0.5", orderly_machine(3, 40, 200));
   random_history(model, 2);
-  EXPECT_EQ(cost_of(model), (Cost{309600506, 208034032, 16268, 25293, 3072, 4402}));
+  EXPECT_EQ(cost_of(model), (Cost{309839968, 208273494, 16177, 25398, 3074, 4400}));
 }
 
 // A link that fails now and then costs what it costs, and no more.
@@ -189,8 +189,8 @@ TEST(Trajectory, RetriesOnALinkThatFails) {
       ++failed;
     }
   }
-  EXPECT_EQ(failed, 1U);
-  EXPECT_EQ(cost_of(model), (Cost{15316002, 8147111, 636, 2208, 96, 112}));
+  EXPECT_EQ(failed, 0U);
+  EXPECT_EQ(cost_of(model), (Cost{14958508, 7789617, 620, 2176, 105, 117}));
 }
 
 }  // namespace

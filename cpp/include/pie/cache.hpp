@@ -11,6 +11,7 @@
 #include <span>
 #include <string>
 
+#include "pie/adapting.hpp"
 #include "pie/attention.hpp"
 #include "pie/backend.hpp"
 #include "pie/layer_kernel.hpp"
@@ -108,6 +109,12 @@ struct Stats {
   std::uint32_t block_tokens = 0;
   std::uint32_t resident_frames = 0;
   std::uint32_t ring_frames = 0;  // the ring's size in the plan in force
+  Bytes budget_bytes = 0;         // that a step may stream by the objective
+  std::string budget_reason;      // what bounds that: see Reason
+  std::uint64_t budget_moves = 0;
+  double link_bytes_per_s = 0;          // pool to device, while it is at work; 0: not measured yet
+  double interference_ns_per_byte = 0;  // that streaming adds to what is computed beside it
+  double slowdown = 0;  // of the last decode step but a few, against all on the device; estimated
   std::string policy;
   std::string pool_io;
   std::string pool_io_reason;  // why not a faster way; empty where there is none
@@ -178,6 +185,13 @@ class Cache {
   // Throws CapacityError, with nothing changed, where what is held does not fit, and IoError, with
   // nothing lost, where a transfer fails on the way.
   void resize(Bytes device_bytes, Bytes pool_bytes);
+
+  // What `headroom` goes by from now on; what runs is not touched.
+  void set_objective(const Objective& objective);
+
+  // What can be admitted now without more slowdown than the objective allows, by what decode steps
+  // have cost so far. Between steps.
+  [[nodiscard]] Headroom headroom() const;
 
   [[nodiscard]] Stats stats() const;
 

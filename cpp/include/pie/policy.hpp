@@ -36,6 +36,7 @@ struct Snapshot {
   std::uint32_t pool_frames = 0;       // the most the pool may hold; 0: there is none
   std::uint32_t copy_frames_best = 1;  // copies of this many frames reach the link's rate
   std::uint32_t growth_frames = 0;     // that a step of a token a sequence fills on average
+  std::uint32_t ring_frames = 0;       // of the plan in force
   bool whole_layers = false;           // all blocks of a layer are to be on the device at once
   bool streams = false;                // compute runs on a stream
   std::span<const BranchView> branches;
@@ -71,8 +72,9 @@ class Policy {
   [[nodiscard]] virtual std::string name() const = 0;
 };
 
-// "off": nothing is streamed. "fit": just what the budget cannot hold. "fixed:F": the share F of
-// the full frames, more where the budget demands. Throws ConfigError for anything else.
+// "off": nothing is streamed. "adaptive", "fit": just what the budget cannot hold, at the lowest
+// price for what runs. "fixed:F": the share F of the full frames, more where the budget demands.
+// Throws ConfigError for anything else.
 [[nodiscard]] std::unique_ptr<Policy> make_policy(const std::string& name);
 
 }  // namespace pie

@@ -1,0 +1,246 @@
+// Learning what steps cost, and how much of their KV they may stream.
+#include "pie/adapting.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "pie/error.hpp"
+
+namespace pie {
+
+namespace {
+
+// In units of the first step and of what it read. A step's base follows the model and the machine;
+// what a frame costs moves little once it is known.
+constexpr double base_drift = 4e-7;  // variances, a step
+constexpr double slope_drift = 1e-10;
+constexpr double slope_unknown = 0.1;
+constexpr double noise_least = 1e-4;
+constexpr double stray_share = 0.1;  // this far from what was predicted, and
+constexpr double stray_sigmas = 4;   // this many deviations, is another phase
+constexpr std::uint32_t strays_most = 3;
+
+constexpr double link_memory = 0.8;    // of what was measured before, a step
+constexpr double stall_counts = 0.01;  // share of a step from which on a stall says something
+constexpr double work_counts = 0.7;    // and share that the link must have been at work
+constexpr double usable_pace = 0.25;
+constexpr double margin_pace = 0.5;     // of what a step is beyond the margin
+constexpr double margin_kept = 0.99;    // a step
+constexpr double worth_raising = 0.06;  // of the budget, so that it rests where nothing changes
+constexpr double worth_lowering = 0.04;
+constexpr int steps_of_search = 256;
+
+double as_double(std::uint64_t value) { return static_cast<double>(value); }
+
+}  // namespace
+
+Objective make_objective(std::string_view aim, double slack, double max_tpot_ms) {
+  Objective objective;
+  if (aim == "throughput") {
+    objective.aim = Aim::throughput;
+  } else if (aim != "transparent") {
+    throw ConfigError("objective '" + std::string(aim) +
+                      "' is unknown: use 'transparent' or 'throughput'.");
+  }
+  if (!(slack >= 0 && slack <= 10)) {
+    throw ConfigError("slack is " + std::to_string(slack) +
+                      ": give the share that a step may take longer, from 0 to 10.");
+  }
+  if (!(max_tpot_ms >= 0 && max_tpot_ms <= 1e9)) {
+    throw ConfigError("max_tpot_ms is " + std::to_string(max_tpot_ms) +
+                      ": give the milliseconds that a token may take, or 0 for no bound.");
+  }
+  objective.slack = slack;
+  objective.step_ns_max = static_cast<Nanos>(max_tpot_ms * 1e6);
+  return objective;
+}
+
+std::string_view name_of(Reason reason) {
+  constexpr std::array<std::string_view, 7> names = {
+      "starting", "exploring", "link", "interference", "latency", "best", "pool"};
+  return names[static_cast<std::size_t>(reason)];
+}
+
+// ---- what a step takes --------------------------------------------------------------------------
+
+void StepModel::restart(const StepReport& report) {
+  unit_ns_ = static_cast<double>(report.step_ns - report.stall_ns);
+  unit_frames_ = std::max(1.0, as_double(report.kv_frames));
+  value_ = {1, 0, 0};
+  variance_ = {};
+  variance_[0][0] = variance_[1][1] = variance_[2][2] = slope_unknown;
+  noise_ = noise_least;
+}
+
+double StepModel::predict_ns(double kv_frames, double loaded_frames) const {
+  const Vector x = inputs(kv_frames, loaded_frames);
+  return unit_ns_ * (value_[0] * x[0] + value_[1] * x[1] + value_[2] * x[2]);
+}
+
+void StepModel::observe(const StepReport& report) {
+  if (report.step_ns <= report.stall_ns) return;
+  if (samples_ == 0) restart(report);
+  const double measured = static_cast<double>(report.step_ns - report.stall_ns) / unit_ns_;
+  const Vector x = inputs(as_double(report.kv_frames), as_double(report.loaded_frames));
+  Vector gain{};  // variance * x, later over its deviation
+  double expected = noise_;
+  double predicted = 0;
+  for (std::size_t i = 0; i < 3; ++i) {
+    variance_[i][i] += i == 0 ? base_drift : slope_drift / std::max(1.0, x[1] * x[1]);
+    for (std::size_t j = 0; j < 3; ++j) gain[i] += variance_[i][j] * x[j];
+    predicted += value_[i] * x[i];
+  }
+  for (std::size_t i = 0; i < 3; ++i) expected += x[i] * gain[i];
+  const double off = measured - predicted;
+  // One that is far off is left out; several are another phase, and its base is not known.
+  const bool stray = samples_ > 8 && std::abs(off) > stray_share * predicted &&
+                     off * off > stray_sigmas * stray_sigmas * expected;
+  strays_ = stray ? strays_ + 1 : 0;
+  if (stray && strays_ < strays_most) return;
+  if (stray) {
+    variance_[0][0] += off * off;
+    gain[0] += off * off;
+    expected += off * off;
+    strays_ = 0;
+  } else {
+    noise_ = std::max(noise_least, noise_ + 0.05 * (off * off - noise_));
+  }
+  ++samples_;
+  for (std::size_t i = 0; i < 3; ++i) {
+    value_[i] += gain[i] / expected * off;
+    for (std::size_t j = 0; j < 3; ++j) variance_[i][j] -= gain[i] * gain[j] / expected;
+  }
+  // Reading or streaming more never takes less: what the slopes would owe is the base's.
+  value_[0] += std::min(0.0, value_[1]) * x[1];
+  value_[1] = std::max(0.0, value_[1]);
+  value_[0] += std::min(0.0, value_[1] + value_[2]) * x[2];
+  value_[2] = std::max(-value_[1], value_[2]);
+}
+
+// ---- what the link brings -----------------------------------------------------------------------
+
+double step_ns(const State& state, double kv_frames, double loaded_frames) {
+  const double computed = state.decode.predict_ns(kv_frames, loaded_frames);
+  return std::max(computed, loaded_frames * state.load_ns / state.usable);
+}
+
+double slowdown(const State& state, double kv_frames, double loaded_frames) {
+  if (!state.decode.is_known()) return 0;
+  return step_ns(state, kv_frames, loaded_frames) / state.decode.predict_ns(kv_frames, 0) - 1;
+}
+
+namespace {
+
+void follow(const LinkUse& use, double& frame_ns) {
+  if (use.frames == 0 || use.busy_ns <= 0) return;
+  const double measured = static_cast<double>(use.busy_ns) / as_double(use.frames);
+  frame_ns = frame_ns == 0 ? measured : link_memory * frame_ns + (1 - link_memory) * measured;
+}
+
+}  // namespace
+
+State observe(const State& state, const StepReport& report) {
+  State next = state;
+  next.decode.observe(report);
+  follow(report.loads, next.load_ns);
+  follow(report.writes, next.write_ns);
+  if (next.decode.is_known() && report.step_ns > 0) {
+    const double alone = next.decode.predict_ns(as_double(report.kv_frames), 0);
+    next.slowdown = std::max(0.0, static_cast<double>(report.step_ns) / alone - 1);
+  }
+  if (report.loaded_frames == 0) next.margin *= margin_kept;
+  if (report.loaded_frames == 0 || report.step_ns == 0 || next.load_ns == 0) return next;
+  const auto step = static_cast<double>(report.step_ns);
+  const double expected =
+      step_ns(next, as_double(report.kv_frames), as_double(report.loaded_frames));
+  // Raised by what is beyond it, and otherwise let down slowly: few steps are beyond.
+  const double beyond = step / expected - 1 - state.margin;
+  next.margin = std::max(0.0, state.margin * margin_kept + margin_pace * std::max(0.0, beyond));
+  const double used = std::min(1.0, as_double(report.loaded_frames) * next.load_ns / step);
+  // A stall beside a link that rests comes of what has just changed, and says nothing of its rate.
+  const bool stalled = static_cast<double>(report.stall_ns) > stall_counts * step;
+  const bool at_work = static_cast<double>(report.loads.busy_ns) > work_counts * step;
+  if ((stalled && at_work) || used > state.usable) {
+    next.usable = std::clamp(state.usable + usable_pace * (used - state.usable), 0.05, 1.0);
+  }
+  return next;
+}
+
+// ---- how much -----------------------------------------------------------------------------------
+
+double room(const Demand& demand, std::uint64_t streamed_frames) {
+  const double kept = std::max(0.0, 1 - 2.5 / demand.layers);
+  return as_double(demand.device_frames) + as_double(streamed_frames) * kept;
+}
+
+namespace {
+
+bool is_within(const State& state, const Objective& objective, double kv, double streamed) {
+  const double takes = step_ns(state, kv, streamed);
+  if (objective.step_ns_max > 0 && takes > static_cast<double>(objective.step_ns_max)) return false;
+  return objective.aim == Aim::throughput ||
+         takes * (1 + std::min(state.margin, objective.slack / 2)) <=
+             (1 + objective.slack) * state.decode.predict_ns(kv, 0);
+}
+
+Reason why_no_more(const State& state, const Objective& objective, double kv, double streamed) {
+  const double takes = step_ns(state, kv, streamed);
+  if (objective.step_ns_max > 0 && takes > static_cast<double>(objective.step_ns_max)) {
+    return Reason::latency;
+  }
+  if (objective.aim == Aim::throughput) return Reason::best;
+  return takes > state.decode.predict_ns(kv, streamed) ? Reason::link : Reason::interference;
+}
+
+// The most that the objective allows, or where throughput is wanted the best of that.
+Budget aimed_at(const Demand& demand, const State& state, const Objective& objective) {
+  Budget found{0, Reason::pool};
+  // What takes the link four steps is beyond every objective.
+  const double alone = state.decode.predict_ns(as_double(demand.device_frames), 0);
+  const double most = std::min(as_double(demand.pool_frames), 4 * alone / state.load_ns);
+  double best = 0;
+  for (int i = 0; i <= steps_of_search; ++i) {
+    const auto frames = static_cast<std::uint64_t>(most * i / steps_of_search);
+    const double streamed = as_double(frames);
+    const double kv = room(demand, frames);
+    if (!is_within(state, objective, kv, streamed)) {
+      found.reason = why_no_more(state, objective, kv, streamed);
+      break;
+    }
+    const double rate = kv / step_ns(state, kv, streamed);
+    if (objective.aim == Aim::throughput && rate < best) {
+      found.reason = Reason::best;
+      continue;
+    }
+    best = rate;
+    found = {frames, Reason::pool};
+  }
+  return found;
+}
+
+// The way back may be as fast as the way to the pool; it is taken for half as fast.
+Budget explore(const Demand& demand, State guess, const Objective& objective,
+               std::uint64_t a_little) {
+  guess.load_ns = 2 * guess.write_ns;
+  const std::uint64_t frames =
+      guess.write_ns == 0 ? a_little : aimed_at(demand, guess, objective).frames;
+  return {std::min({frames, demand.pool_frames, 2 * a_little}), Reason::exploring};
+}
+
+}  // namespace
+
+Budget decide(const Demand& demand, const State& state, const Objective& objective) {
+  const Budget& now = state.budget;
+  if (!state.decode.is_known()) return {0, Reason::starting};
+  const std::uint64_t a_little = demand.device_frames / 16;
+  if (state.load_ns == 0) return explore(demand, state, objective, a_little);
+  Budget next = aimed_at(demand, state, objective);
+  const double change = as_double(next.frames) - as_double(now.frames);
+  const double worth = change > 0 ? worth_raising : worth_lowering;
+  if (std::abs(change) < worth * as_double(now.frames)) return {now.frames, next.reason};
+  next.frames = std::min(next.frames, now.frames + now.frames / 2 + a_little);
+  return next;
+}
+
+}  // namespace pie

@@ -1,0 +1,76 @@
+// Measures decode steps, learns from them, and says how much may be streamed.
+//
+// A step begins and ends where the compute is: by fences on a stream, whose times come to be known
+// a while later, else by the clock. Steps are reported in their order.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "pie/adapting.hpp"
+#include "pie/backend.hpp"
+#include "pie/policy.hpp"
+#include "transfers.hpp"
+
+namespace pie {
+
+class Controller {
+ public:
+  Controller(Backend& backend, Transfers& transfers, const Geometry& geometry);
+
+  void set_objective(const Objective& objective) { objective_ = objective; }
+  void set_stream(ComputeStream stream) { stream_ = stream; }
+
+  // What is stalled by waiting on the calling thread; what streams wait is known to the transfers.
+  void add_stall(Nanos stall_ns) { waited_ns_ += stall_ns; }
+  [[nodiscard]] Nanos stall_ns() const { return waited_ns_ + transfers_.stall_ns(); }
+
+  // Around each step that is not aborted, in which every sequence gains one token or not. Nothing
+  // is measured where there is no pool.
+  void begin(bool decode, const Snapshot& snapshot);
+  void finish();
+  void abort();
+
+  [[nodiscard]] const State& state() const { return state_; }
+
+  // Between steps. Counts what was active in the last one as such still.
+  [[nodiscard]] Headroom headroom(const Snapshot& snapshot) const;
+
+ private:
+  // When something happened, by a fence if need be.
+  struct Moment {
+    Fence fence;
+    std::optional<Nanos> at_ns;
+  };
+  struct Step {
+    bool decode = false;
+    Moment began;
+    Moment ended;
+    std::uint64_t kv_frames = 0;
+    std::uint64_t loaded_frames = 0;
+  };
+
+  [[nodiscard]] Moment moment();
+  [[nodiscard]] bool has_come(Moment& moment);
+  void learn();
+  void report(const Step& step);
+
+  Backend& backend_;
+  Transfers& transfers_;
+  const Capabilities capabilities_;
+  const double frames_per_token_;
+  ComputeStream stream_;
+  Objective objective_;
+  State state_;
+  Demand demand_;  // of the last step
+  std::optional<Step> open_;
+  std::vector<Step> ended_;  // whose time is not known yet
+  Nanos waited_ns_ = 0;
+  Nanos stall_told_ns_ = 0;  // as next, of what is reported
+  std::uint64_t loaded_told_ = 0;
+  Traffic loads_told_;
+  Traffic writes_told_;
+};
+
+}  // namespace pie

@@ -1,0 +1,345 @@
+// What is learned from steps, what is decided from that, and a server that goes by it.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "pie/adapting.hpp"
+#include "pie/error.hpp"
+#include "serving.hpp"
+
+namespace pie {
+namespace {
+
+using testing::Request;
+using testing::Server;
+using testing::Serving;
+
+// A machine whose steps take what they are told to, with some noise.
+class Truth {
+ public:
+  double base_ns = 17e6;
+  double kv_ns = 250;      // a frame
+  double loaded_ns = 250;  // a frame, beside the link
+  double load_ns = 2600;   // a frame on the link
+
+  explicit Truth(std::uint64_t seed) : random_(seed) {}
+
+  [[nodiscard]] double alone_ns(double kv) const { return base_ns + kv_ns * kv; }
+  [[nodiscard]] double takes_ns(double kv, double loaded) const {
+    return std::max(alone_ns(kv) + loaded_ns * loaded, loaded * load_ns / 0.9);
+  }
+
+  StepReport step(double kv, double loaded) {
+    const double noise = 1 + 0.003 * normal_(random_);
+    const double computed = (alone_ns(kv) + loaded_ns * loaded) * noise;
+    const double takes = std::max(computed, loaded * load_ns / 0.9);
+    StepReport report;
+    report.kv_frames = static_cast<std::uint64_t>(kv);
+    report.loaded_frames = static_cast<std::uint64_t>(loaded);
+    report.step_ns = static_cast<Nanos>(takes);
+    report.stall_ns = static_cast<Nanos>(takes - computed);
+    report.loads = {report.loaded_frames, static_cast<Nanos>(loaded * load_ns)};
+    return report;
+  }
+
+ private:
+  std::mt19937_64 random_;
+  std::normal_distribution<double> normal_;
+};
+
+constexpr Demand demand{20'000, 200'000, 0, 48};
+
+// A server that always fills what it is allowed, a sequence of 200 frames a step, for `steps`.
+class Loop {
+ public:
+  Loop(Truth truth, Aim aim) : truth_(std::move(truth)) { objective_.aim = aim; }
+
+  void run(int steps) {
+    for (int i = 0; i < steps; ++i) {
+      const double allowed = room(demand, state_.budget.frames);
+      held_ = held_ + 200 <= allowed ? held_ + 200 : std::min(held_, allowed);
+      const double loaded = std::max(0.0, held_ - 20'000) * 48 / 45.5;
+      observe_one(loaded);
+      slow_ += truth_.takes_ns(held_, loaded) > 1.05 * truth_.alone_ns(held_) ? 1 : 0;
+    }
+  }
+  void observe_one(double loaded) {
+    state_ = observe(state_, truth_.step(held_, loaded));
+    const Budget next = decide(demand, state_, objective_);
+    const int sign = next.frames > state_.budget.frames   ? 1
+                     : next.frames < state_.budget.frames ? -1
+                                                          : 0;
+    reversals_ += sign * sign_ < 0 ? 1 : 0;
+    if (sign != 0) sign_ = sign;
+    state_.budget = next;
+  }
+
+  [[nodiscard]] const State& state() const { return state_; }
+  [[nodiscard]] double held() const { return held_; }
+  [[nodiscard]] double rate() const {
+    return held_ / truth_.takes_ns(held_, std::max(0.0, held_ - 20'000) * 48 / 45.5);
+  }
+  Truth& truth() { return truth_; }
+  int take_slow() { return std::exchange(slow_, 0); }
+  int take_reversals() { return std::exchange(reversals_, 0); }
+
+ private:
+  Truth truth_;
+  Objective objective_;
+  State state_;
+  double held_ = 200;
+  int slow_ = 0;
+  int sign_ = 0;  // of the budget's last move
+  int reversals_ = 0;
+};
+
+// The most frames with which the truth keeps within 5 %, and the best rate it has.
+double most_transparent(const Truth& truth) {
+  double held = 20'000;
+  for (std::uint64_t s = 0; s < 100'000; s += 20) {
+    const double kv = room(demand, s);
+    if (truth.takes_ns(kv, static_cast<double>(s)) > 1.05 * truth.alone_ns(kv)) break;
+    held = kv;
+  }
+  return held;
+}
+double best_rate(const Truth& truth) {
+  double best = 0;
+  for (std::uint64_t s = 0; s < 100'000; s += 20) {
+    const double kv = room(demand, s);
+    best = std::max(best, kv / truth.takes_ns(kv, static_cast<double>(s)));
+  }
+  return best;
+}
+
+// ---- observe and decide -------------------------------------------------------------------------
+
+TEST(Adapting, TellsWhatStreamingAddsFromWhatKvCosts) {
+  for (const double loaded_ns : {0.0, 250.0, 1000.0}) {
+    Truth truth(7);
+    truth.loaded_ns = loaded_ns;
+    Loop loop(truth, Aim::transparent);
+    loop.run(400);
+    EXPECT_NEAR(loop.state().decode.interference_ns(), loaded_ns, 60 + loaded_ns / 10);
+    EXPECT_NEAR(loop.state().decode.predict_ns(20'000, 0) / truth.alone_ns(20'000), 1, 0.01);
+    EXPECT_NEAR(loop.state().load_ns, truth.load_ns, 20);
+  }
+}
+
+TEST(Adapting, StaysTransparent) {
+  for (const double loaded_ns : {50.0, 250.0, 1000.0}) {
+    for (const double load_ns : {300.0, 2600.0, 20'000.0}) {
+      SCOPED_TRACE(std::to_string(loaded_ns) + ", " + std::to_string(load_ns));
+      Truth truth(3);
+      truth.loaded_ns = loaded_ns;
+      truth.load_ns = load_ns;
+      Loop loop(truth, Aim::transparent);
+      loop.run(300);
+      loop.take_slow();
+      loop.run(300);
+      EXPECT_LE(loop.take_slow(), 6) << "of 300 steps took more than 1.05";
+      EXPECT_GE(loop.held(), 0.9 * most_transparent(truth))
+          << loop.state().usable << " " << loop.state().margin << " " << loop.state().budget.frames
+          << " " << loop.state().load_ns << " " << loop.state().decode.interference_ns()
+          << name_of(loop.state().budget.reason) << " "
+          << loop.state().decode.predict_ns(40000, 0) / truth.alone_ns(40000);
+    }
+  }
+}
+
+TEST(Adapting, FindsTheBestThroughput) {
+  for (const double base_ns : {1e6, 5e6, 17e6}) {
+    for (const double load_ns : {300.0, 2600.0, 20'000.0}) {
+      SCOPED_TRACE(std::to_string(base_ns) + ", " + std::to_string(load_ns));
+      Truth truth(5);
+      truth.base_ns = base_ns;
+      truth.load_ns = load_ns;
+      Loop loop(truth, Aim::throughput);
+      loop.run(600);
+      EXPECT_GE(loop.rate(), 0.95 * best_rate(truth));
+    }
+  }
+}
+
+TEST(Adapting, FollowsALinkThatChanges) {
+  Loop loop(Truth(11), Aim::throughput);
+  loop.run(400);
+  const std::uint64_t fast = loop.state().budget.frames;
+  loop.truth().load_ns *= 4;
+  loop.run(32);
+  EXPECT_LE(loop.state().budget.frames, fast / 3);
+  EXPECT_GE(loop.rate(), 0.95 * best_rate(loop.truth()));
+  loop.truth().load_ns /= 4;
+  loop.run(64);
+  EXPECT_GE(loop.rate(), 0.95 * best_rate(loop.truth()));
+}
+
+TEST(Adapting, RestsWhereNothingChanges) {
+  for (const Aim aim : {Aim::transparent, Aim::throughput}) {
+    Loop loop(Truth(13), aim);
+    loop.run(400);
+    loop.take_reversals();
+    loop.run(256);
+    EXPECT_LE(loop.take_reversals(), 4);
+  }
+}
+
+TEST(Adapting, OneStepThatIsFarOffIsLeftOut) {
+  Loop loop(Truth(17), Aim::transparent);
+  loop.run(300);
+  const double before = loop.state().decode.predict_ns(20'000, 0);
+  const double slow = loop.truth().base_ns;
+  loop.truth().base_ns = 5 * slow;
+  loop.run(1);
+  EXPECT_EQ(loop.state().decode.predict_ns(20'000, 0), before);
+  loop.run(10);  // it stays: the model or the clock has changed
+  EXPECT_NEAR(loop.state().decode.predict_ns(20'000, 0) / loop.truth().alone_ns(20'000), 1, 0.03);
+}
+
+TEST(Adapting, SaysWhatBoundsIt) {
+  State state;
+  EXPECT_EQ(decide(demand, state, {}).reason, Reason::starting);
+  EXPECT_EQ(decide(demand, state, {}).frames, 0U);
+  Truth truth(1);
+  for (double kv = 100; kv < 20'000; kv += 100) state = observe(state, truth.step(kv, 0));
+  EXPECT_EQ(decide(demand, state, {}).reason, Reason::exploring);
+  EXPECT_GT(decide(demand, state, {}).frames, 0U);
+  Loop slow_link(truth, Aim::transparent);
+  slow_link.truth().load_ns = 40'000;
+  slow_link.run(300);
+  EXPECT_EQ(name_of(slow_link.state().budget.reason), "link");
+  Loop costly(truth, Aim::transparent);
+  costly.truth().loaded_ns = 2000;
+  costly.run(300);
+  EXPECT_EQ(name_of(costly.state().budget.reason), "interference");
+  const State learned = slow_link.state();
+  const Objective bounded{Aim::throughput, 0.05, static_cast<Nanos>(truth.alone_ns(20'000) * 1.02)};
+  EXPECT_EQ(decide(demand, learned, bounded).reason, Reason::latency);
+  EXPECT_EQ(decide(demand, learned, {Aim::throughput, 0.05, 0}).reason, Reason::best);
+  EXPECT_EQ(decide({20'000, 10, 0, 48}, learned, {}).reason, Reason::pool);
+}
+
+TEST(Adapting, RefusesObjectivesThatCannotBe) {
+  EXPECT_EQ(make_objective("throughput", 0.1, 50).step_ns_max, 50'000'000);
+  EXPECT_THROW(static_cast<void>(make_objective("fast", 0.05, 0)), ConfigError);
+  for (const double slack : {-0.1, 11.0, std::nan("")}) {
+    EXPECT_THROW(static_cast<void>(make_objective("transparent", slack, 0)), ConfigError);
+  }
+  for (const double bound : {-1.0, std::nan("")}) {
+    EXPECT_THROW(static_cast<void>(make_objective("transparent", 0.05, bound)), ConfigError);
+  }
+}
+
+// ---- a server -----------------------------------------------------------------------------------
+
+// A GPU as of a GH200 with most of a step its weights, small enough to be simulated at once.
+Serving small_machine() {
+  Serving serving = testing::gh200_34b();
+  serving.geometry.layers = 12;
+  serving.geometry.block_tokens = 64;
+  serving.device_bytes = 4'800'000'000;
+  serving.pool_bytes = 24'000'000'000;
+  serving.weights_ns = 4e6;
+  serving.prefill_ns_per_token = 2e3;
+  return serving;
+}
+
+struct Served {
+  double tokens_per_s = 0;
+  int slow = 0;  // of the steps that are counted
+  int steps = 0;
+};
+
+// Requests come and go: so many run at once, or as many as the headroom allows.
+Served serve(Server& server, int steps, std::size_t running_most) {
+  std::mt19937 random(5);
+  const auto draw = [&] { return Request{2048, 64 + static_cast<std::uint32_t>(random() % 256)}; };
+  Request next = draw();
+  Served served;
+  Nanos began = 0;
+  double tokens = 0;
+  for (int i = 0; i < steps; ++i) {
+    for (int more = 0; more < 4 && server.running() < running_most; ++more) {
+      if (running_most < 1000) {
+        server.start(next);
+      } else if (!server.admit(next)) {
+        break;
+      }
+      next = draw();
+    }
+    if (i == steps / 3) {
+      began = server.now();
+      tokens = 0;
+    }
+    tokens += static_cast<double>(server.decode());
+    if (i < steps / 3) continue;
+    ++served.steps;
+    served.slow += server.step_ns() > 1.05 * server.alone_ns() ? 1 : 0;
+  }
+  served.tokens_per_s = tokens * 1e9 / static_cast<double>(server.now() - began);
+  return served;
+}
+
+TEST(Serving, ReachesTheBestOfFixedBatches) {
+  const Objective throughput = make_objective("throughput", 0.05, 0);
+  double best = 0;
+  for (const std::size_t running : {28U, 34U, 40U, 48U, 56U, 68U, 80U}) {
+    Server server(small_machine(), "fit", throughput);
+    best = std::max(best, serve(server, 240, running).tokens_per_s);
+  }
+  Server server(small_machine(), "adaptive", throughput);
+  const double reached = serve(server, 240, 1000).tokens_per_s;
+  std::cout << reached << " tokens a second, by fixed batches at best " << best << '\n';
+  EXPECT_GE(reached, 0.95 * best);
+  EXPECT_GT(server.cache().stats().streamed_bytes, 0U);
+}
+
+// Contexts grow until what the headroom promised is taken.
+TEST(Serving, IsTransparentWhileContextsGrow) {
+  Server server(small_machine(), "adaptive", {}, 400);
+  int slow = 0;
+  for (int i = 0; i < 400; ++i) {
+    for (int more = 0; more < 2 && i < 300 && server.admit({2048, 400}); ++more) {
+    }
+    server.decode();
+    if (i >= 200) slow += server.step_ns() > 1.05 * server.alone_ns() ? 1 : 0;
+  }
+  std::cout << server.running() << " " << server.streamed_share() << '\n';
+  EXPECT_GT(server.streamed_share(), 0.05) << "it admits more than the device holds";
+  EXPECT_LE(slow, 6);  // where the ring has grown, what was prefetched is asked for again
+}
+
+TEST(Serving, GivesUpWhatALinkDoesNotBringAnyMore) {
+  Server server(small_machine(), "adaptive", make_objective("throughput", 0.05, 0));
+  serve(server, 160, 1000);
+  const Bytes before = server.cache().stats().budget_bytes;
+  SimFaults slow;
+  slow.slow = 1;
+  slow.slow_factor = 4;
+  server.sim().set_faults(slow);
+  for (int i = 0; i < 32; ++i) server.decode();
+  EXPECT_LT(server.cache().stats().budget_bytes, before / 2);
+}
+
+TEST(Serving, HeadroomIsWhatCanBeAdmitted) {
+  Server server(small_machine(), "adaptive", {});
+  Cache& cache = server.cache();
+  const Headroom empty = cache.headroom();
+  EXPECT_EQ(empty.slowdown_most, 0) << "nothing is known yet";
+  EXPECT_GT(empty.tokens_most, 4 * empty.tokens);
+  server.start({2048, 4000});
+  const Headroom one = cache.headroom();
+  EXPECT_EQ(empty.tokens - one.tokens, 2048U);
+  while (server.admit({2048, 4000})) server.decode();
+  EXPECT_LT(cache.headroom().tokens, 2048U + 32U * (server.running() + 1));
+  for (int i = 0; i < 20; ++i) server.decode();
+  EXPECT_GT(cache.headroom().slowdown_most, 0.1) << "the link does not bring it all";
+  server.leave(10);
+  EXPECT_GT(cache.headroom().tokens, 4 * 2048U);
+}
+
+}  // namespace
+}  // namespace pie
