@@ -59,7 +59,7 @@ format: $(STAMPS)/tools ## Rewrite the sources in the project's format
 sanitizers: ctest-asan ctest-tsan ## Run the C++ tests under address+undefined and thread sanitizers
 
 bench: build-release $(STAMPS)/installed $(MODEL) ## Measure this machine: pool reads, attention, models
-	@for program in pool_read attention planning; do \
+	@for program in pool_read attention planning adaptive; do \
 	  echo; echo "== $$program"; build/release/bench/$$program || exit 1; done
 	@for script in bench/*.py; do \
 	  echo; echo "== $$script"; $(VENV)/bin/python $$script --model $(MODEL) || exit 1; done

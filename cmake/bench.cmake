@@ -8,8 +8,10 @@ function(pie_bench name)
   pie_warnings(bench_${name})
 endfunction()
 
+pie_bench(adaptive)
 pie_bench(attention)
 pie_bench(pool_read)
 pie_bench(planning)
 pie_bench(paced_read)
 pie_use_liburing(bench_paced_read)
+target_include_directories(bench_adaptive PRIVATE tests/cpp)  # the server that is simulated

@@ -2,6 +2,8 @@
 #include "controller.hpp"
 
 #include <algorithm>
+#include <optional>
+#include <utility>
 
 namespace pie {
 
@@ -33,10 +35,12 @@ Demand demand_of(const Snapshot& snapshot) {
 
 }  // namespace
 
-Controller::Controller(Backend& backend, Transfers& transfers, const Geometry& geometry)
+Controller::Controller(Backend& backend, Transfers& transfers, const Geometry& geometry,
+                       bool measures)
     : backend_(backend),
       transfers_(transfers),
-      capabilities_(backend.capabilities()),
+      streams_(backend.capabilities().streams),
+      measures_(measures && backend.capabilities().pool_frames > 0),
       frames_per_token_(static_cast<double>(geometry.layers) / geometry.block_tokens) {
   ended_.reserve(steps_kept);
 }
@@ -44,37 +48,40 @@ Controller::Controller(Backend& backend, Transfers& transfers, const Geometry& g
 // ---- steps --------------------------------------------------------------------------------------
 
 Controller::Moment Controller::moment() {
-  if (!capabilities_.streams) return {{}, backend_.now()};
-  return {transfers_.mark(stream_), {}};
+  if (!streams_) return {{}, true, backend_.now()};
+  return {transfers_.mark(stream_), false, 0};
 }
 
 bool Controller::has_come(Moment& moment) {
-  if (!moment.at_ns) moment.at_ns = transfers_.take_mark(moment.fence);
-  return moment.at_ns.has_value();
+  if (moment.known) return true;
+  const std::optional<Nanos> passed = transfers_.take_mark(moment.fence);
+  moment.known = passed.has_value();
+  moment.at_ns = passed.value_or(0);
+  return moment.known;
 }
 
 void Controller::begin(bool decode, const Snapshot& snapshot) {
   abort();
-  if (capabilities_.pool_frames == 0) return;
+  if (!measures_) return;
   learn();
   demand_ = demand_of(snapshot);
   if (ended_.size() >= steps_kept) return;
-  open_ = Step{decode, moment(), {}, demand_.active_frames, 0};
+  open_ = {decode, moment(), {}, demand_.active_frames, 0};
+  is_open_ = true;
 }
 
 void Controller::finish() {
-  if (!open_) return;
-  open_->ended = moment();
-  const std::uint64_t loaded = transfers_.loaded_frames();
-  open_->loaded_frames = loaded - loaded_told_;
-  loaded_told_ = loaded;
-  ended_.push_back(*open_);
-  open_.reset();
+  const std::uint64_t told = std::exchange(loaded_told_, transfers_.loaded_frames());
+  if (!is_open_) return;
+  open_.ended = moment();
+  open_.loaded_frames = loaded_told_ - told;
+  ended_.push_back(open_);
+  is_open_ = false;
 }
 
 void Controller::abort() {
-  if (open_) transfers_.drop_mark(open_->began.fence);
-  open_.reset();
+  if (is_open_) transfers_.drop_mark(open_.began.fence);
+  is_open_ = false;
 }
 
 void Controller::learn() {
@@ -89,7 +96,7 @@ void Controller::report(const Step& step) {
   StepReport report;
   report.kv_frames = step.kv_frames;
   report.loaded_frames = step.loaded_frames;
-  report.step_ns = *step.ended.at_ns - *step.began.at_ns;
+  report.step_ns = step.ended.at_ns - step.began.at_ns;
   report.stall_ns = std::clamp<Nanos>(stall - stall_told_ns_, 0, report.step_ns);
   report.loads = since(loads_told_, transfers_.loads());
   report.writes = since(writes_told_, transfers_.writes());
@@ -105,6 +112,8 @@ void Controller::report(const Step& step) {
 
 Headroom Controller::headroom(const Snapshot& snapshot) const {
   Demand demand = demand_of(snapshot);
+  demand.active_frames += snapshot.pool_frames - demand.pool_frames;
+  demand.pool_frames = snapshot.pool_frames;
   const auto tokens = [&](double frames) {
     const double more = frames - static_cast<double>(demand.active_frames);
     return static_cast<std::uint64_t>(std::max(0.0, more / frames_per_token_));

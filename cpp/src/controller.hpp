@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include "pie/adapting.hpp"
@@ -17,7 +16,8 @@ namespace pie {
 
 class Controller {
  public:
-  Controller(Backend& backend, Transfers& transfers, const Geometry& geometry);
+  // Measures nothing where nothing may be streamed.
+  Controller(Backend& backend, Transfers& transfers, const Geometry& geometry, bool measures);
 
   void set_objective(const Objective& objective) { objective_ = objective; }
   void set_stream(ComputeStream stream) { stream_ = stream; }
@@ -26,22 +26,22 @@ class Controller {
   void add_stall(Nanos stall_ns) { waited_ns_ += stall_ns; }
   [[nodiscard]] Nanos stall_ns() const { return waited_ns_ + transfers_.stall_ns(); }
 
-  // Around each step that is not aborted, in which every sequence gains one token or not. Nothing
-  // is measured where there is no pool.
+  // Around each step that is not aborted, in which every sequence gains one token or not.
   void begin(bool decode, const Snapshot& snapshot);
   void finish();
   void abort();
 
   [[nodiscard]] const State& state() const { return state_; }
 
-  // Between steps. Counts what was active in the last one as such still.
+  // Between steps. Counts all that is held as read by the steps to come.
   [[nodiscard]] Headroom headroom(const Snapshot& snapshot) const;
 
  private:
   // When something happened, by a fence if need be.
   struct Moment {
     Fence fence;
-    std::optional<Nanos> at_ns;
+    bool known = false;
+    Nanos at_ns = 0;
   };
   struct Step {
     bool decode = false;
@@ -58,13 +58,15 @@ class Controller {
 
   Backend& backend_;
   Transfers& transfers_;
-  const Capabilities capabilities_;
+  const bool streams_;
+  const bool measures_;
   const double frames_per_token_;
   ComputeStream stream_;
   Objective objective_;
   State state_;
   Demand demand_;  // of the last step
-  std::optional<Step> open_;
+  bool is_open_ = false;
+  Step open_;
   std::vector<Step> ended_;  // whose time is not known yet
   Nanos waited_ns_ = 0;
   Nanos stall_told_ns_ = 0;  // as next, of what is reported

@@ -27,7 +27,7 @@ Scheduler::Scheduler(Backend& backend, const Geometry& geometry, std::unique_ptr
       map_(geometry, capabilities_.device_frames, capabilities_.pool_frames),
       transfers_(backend, map_),
       ring_(transfers_, capabilities_.streams),
-      controller_(backend, transfers_, geometry) {
+      controller_(backend, transfers_, geometry, policy_->name() != "off") {
   const Bytes best = std::max(capabilities_.copy_bytes_best, capabilities_.frame_stride);
   copy_frames_ = static_cast<std::uint32_t>(
       std::max<Bytes>(1, best / std::max<Bytes>(1, capabilities_.frame_stride)));

@@ -13,11 +13,12 @@ from pie._core import CapacityError, ConfigError, IoError, LogicError
 
 if TYPE_CHECKING:
     from pie import hf, ops
-    from pie.cache import Stats, TieredKVCache
+    from pie.cache import Headroom, Stats, TieredKVCache
 
 __all__ = [
     "CapacityError",
     "ConfigError",
+    "Headroom",
     "IoError",
     "LogicError",
     "Stats",
@@ -28,7 +29,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Stats", "TieredKVCache"):
+    if name in ("Headroom", "Stats", "TieredKVCache"):
         return getattr(importlib.import_module("pie.cache"), name)
     if name in ("hf", "ops"):
         return importlib.import_module(f"pie.{name}")

@@ -6,6 +6,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <array>
@@ -81,6 +82,12 @@ nb::dict to_dict(const pie::Stats& stats) {
   dict["block_tokens"] = stats.block_tokens;
   dict["resident_frames"] = stats.resident_frames;
   dict["ring_frames"] = stats.ring_frames;
+  dict["budget_bytes"] = stats.budget_bytes;
+  dict["budget_reason"] = stats.budget_reason;
+  dict["budget_moves"] = stats.budget_moves;
+  dict["link_bytes_per_s"] = stats.link_bytes_per_s;
+  dict["interference_ns_per_byte"] = stats.interference_ns_per_byte;
+  dict["slowdown"] = stats.slowdown;
   dict["policy"] = stats.policy;
   dict["pool_io"] = stats.pool_io;
   dict["pool_io_reason"] = stats.pool_io_reason;
@@ -207,7 +214,8 @@ void construct(Cache* self, const std::string& device, std::uint32_t layers, std
                std::uint32_t head_dim, std::uint32_t block_tokens, const std::string& dtype,
                std::uint64_t device_bytes, std::uint64_t pool_bytes, const std::string& pool_dir,
                const std::string& policy, const std::vector<std::uint32_t>& windows,
-               const std::string& driver, const std::string& pool_io, double in_place_share) {
+               const std::string& driver, const std::string& pool_io, double in_place_share,
+               const std::string& objective, double slack, double max_tpot_ms) {
   pie::CacheOptions options;
   options.device = device;
   if (!driver.empty()) options.driver = driver;
@@ -218,6 +226,9 @@ void construct(Cache* self, const std::string& device, std::uint32_t layers, std
   options.policy = policy;
   options.pool_io = pool_io;
   options.in_place_share = in_place_share;
+  options.objective = objective;
+  options.slack = slack;
+  options.max_tpot_ms = max_tpot_ms;
   new (self) Cache(options);
 }
 
@@ -276,6 +287,13 @@ void bind_functions(nb::module_& module) {
   module.def(
       "check_policy", [](const std::string& name) { (void)pie::make_policy(name); }, "name"_a,
       "Raises ConfigError where there is no such policy.");
+  module.def(
+      "check_objective",
+      [](const std::string& objective, double slack, double max_tpot_ms) {
+        (void)pie::make_objective(objective, slack, max_tpot_ms);
+      },
+      "objective"_a, "slack"_a, "max_tpot_ms"_a,
+      "Raises ConfigError where there is no such objective.");
   module.def(
       "use_openmp", &pie::use_openmp, "library"_a, "threads"_a,
       "Runs this thread's loops on the OpenMP team of a library that this process has loaded.");
@@ -398,8 +416,8 @@ void bind_cache(nb::module_& module) {
   cache
       .def("__init__", &construct, "device"_a, "layers"_a, "kv_heads"_a, "head_dim"_a,
            "block_tokens"_a, "dtype"_a, "device_bytes"_a, "pool_bytes"_a, "pool_dir"_a, "policy"_a,
-           "windows"_a, "driver"_a, "pool_io"_a, "in_place_share"_a,
-           nb::call_guard<nb::gil_scoped_release>())
+           "windows"_a, "driver"_a, "pool_io"_a, "in_place_share"_a, "objective"_a, "slack"_a,
+           "max_tpot_ms"_a, nb::call_guard<nb::gil_scoped_release>())
       .def(
           "add", [](Cache& self) { return self.enter([](auto& tiered) { return tiered.add(); }); },
           "Makes an empty sequence.")
@@ -435,6 +453,13 @@ void bind_cache(nb::module_& module) {
             return self.enter([&](auto& tiered) { return tiered.length(sequence); });
           },
           "sequence"_a, "Tokens that a sequence holds.")
+      .def(
+          "headroom",
+          [](Cache& self) {
+            const auto found = self.enter([](auto& tiered) { return tiered.headroom(); });
+            return std::tuple(found.tokens, found.tokens_most, found.slowdown_most);
+          },
+          "Tokens that can be admitted within the objective, at most, and at what slowdown.")
       .def(
           "stats",
           [](Cache& self) {

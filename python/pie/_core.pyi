@@ -31,6 +31,9 @@ def attention_isa() -> str:
 def check_policy(name: str) -> None:
     """Raises ConfigError where there is no such policy."""
 
+def check_objective(objective: str, slack: float, max_tpot_ms: float) -> None:
+    """Raises ConfigError where there is no such objective."""
+
 def use_openmp(library: str, threads: int) -> bool:
     """
     Runs this thread's loops on the OpenMP team of a library that this process has loaded.
@@ -48,7 +51,7 @@ def attend_pages(frames: Any, table: Any, starts: Any, positions: Any, q: Any, o
 class Cache:
     """Native side of pie.TieredKVCache."""
 
-    def __init__(self, device: str, layers: int, kv_heads: int, head_dim: int, block_tokens: int, dtype: str, device_bytes: int, pool_bytes: int, pool_dir: str, policy: str, windows: Sequence[int], driver: str, pool_io: str, in_place_share: float) -> None: ...
+    def __init__(self, device: str, layers: int, kv_heads: int, head_dim: int, block_tokens: int, dtype: str, device_bytes: int, pool_bytes: int, pool_dir: str, policy: str, windows: Sequence[int], driver: str, pool_io: str, in_place_share: float, objective: str, slack: float, max_tpot_ms: float) -> None: ...
 
     def add(self) -> int:
         """Makes an empty sequence."""
@@ -70,6 +73,11 @@ class Cache:
 
     def length(self, sequence: int) -> int:
         """Tokens that a sequence holds."""
+
+    def headroom(self) -> tuple[int, int, float]:
+        """
+        Tokens that can be admitted within the objective, at most, and at what slowdown.
+        """
 
     def stats(self) -> dict[str, int | float | str]:
         """Counters and gauges."""

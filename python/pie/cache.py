@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch.utils.dlpack import from_dlpack
@@ -82,6 +82,14 @@ class Stats(dict[str, Any]):
             raise AttributeError(f"stats() has no {name!r}") from None
 
 
+class Headroom(NamedTuple):
+    """What can be admitted now, in tokens of sequences that will run beside those that do."""
+
+    tokens: int  # within the objective
+    tokens_most: int  # that both tiers can hold
+    slowdown_most: float  # of a step when all of it is held; 0 where nothing is known yet
+
+
 class TieredKVCache:
     """KV cache of many sequences over two tiers: `device_bytes` of fast memory, a pool behind it.
 
@@ -95,8 +103,11 @@ class TieredKVCache:
         first of $TMPDIR, /var/tmp and /tmp that is on a disk. Memory (tmpfs) must be asked for by
         name, as in "tmpfs:/dev/shm".
     block_tokens: tokens per block, a multiple of 16; None chooses from device_bytes.
-    policy: "fit" streams just what the budget cannot hold, "fixed:F" the share F of all frames,
-        "off" nothing.
+    policy: "adaptive" streams just what the budget cannot hold, and learns from the steps what more
+        would cost; "fit" streams the same, "fixed:F" the share F of all frames, "off" nothing.
+    objective: what `headroom()` keeps to. "transparent": a decode step takes at most `slack` (a
+        share) more than it would with all its KV on the device. "throughput": most tokens a second.
+    max_tpot_ms: milliseconds that a decode step may take by `headroom()`; None is no bound.
     windows: of each layer, how many tokens a token sees, itself included; 0 is all. Frames that no
         token will see again are given back.
     pool_io: how the pool is reached; "auto" takes the best there is. Of a file "direct-uring",
@@ -121,7 +132,10 @@ class TieredKVCache:
         pool_bytes: int | str | None = "auto",
         pool_dir: str | os.PathLike[str] | None = None,
         block_tokens: int | None = None,
-        policy: str = "fit",
+        policy: str = "adaptive",
+        objective: str = "transparent",
+        slack: float = 0.05,
+        max_tpot_ms: float | None = None,
         windows: Sequence[int] | None = None,
         pool_io: str = "auto",
         in_place_share: float | None = None,
@@ -129,7 +143,9 @@ class TieredKVCache:
         runtime = runtime_for(device)
         directory = os.fsdecode(pool_dir) if pool_dir is not None else ""
         if not isinstance(policy, str):
-            raise ConfigError(f"policy is {policy!r}: give 'fit', 'off' or 'fixed:F' as text.")
+            raise ConfigError(f"policy is {policy!r}: give 'adaptive' or another name as text.")
+        if not isinstance(objective, str):
+            raise ConfigError(f"objective is {objective!r}: give 'transparent' or 'throughput'.")
         if not isinstance(pool_io, str):
             raise ConfigError(f"pool_io is {pool_io!r}: give 'auto' or another word, as text.")
         self.num_layers = _positive("num_layers", num_layers)
@@ -153,6 +169,9 @@ class TieredKVCache:
             driver="" if runtime is None else runtime.driver,
             pool_io=pool_io,
             in_place_share=-1.0 if in_place_share is None else _share(in_place_share),
+            objective=objective,
+            slack=_number("slack", slack),
+            max_tpot_ms=0.0 if max_tpot_ms is None else _number("max_tpot_ms", max_tpot_ms),
         )
         self._runtime = runtime
         self._gpu = None if runtime is None else _gpu_layers(runtime, self._core, self.dtype)
@@ -450,6 +469,14 @@ class TieredKVCache:
                 self._frames = from_dlpack(self._core.frames())
         return self._frames
 
+    def headroom(self) -> Headroom:
+        """What can be admitted now without more slowdown than the objective allows. Not in a step.
+
+        It goes by what decode steps have cost so far, of which it knows nothing at first: then it
+        is what the device holds. What runs is never refused its growth while either tier has room.
+        """
+        return Headroom(*self._core.headroom())
+
     def stats(self) -> Stats:
         """Counters since construction, and gauges."""
         return Stats(self._core.stats())
@@ -572,6 +599,12 @@ def _positive(name: str, value: int) -> int:
 def _share(value: float) -> float:
     if type(value) not in (int, float) or not 0 <= value <= 1:
         raise ConfigError(f"in_place_share is {value!r}: give a number from 0 to 1, or None.")
+    return float(value)
+
+
+def _number(name: str, value: float) -> float:
+    if type(value) not in (int, float):
+        raise ConfigError(f"{name} is {value!r}: give a number.")
     return float(value)
 
 

@@ -79,7 +79,21 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument(
         "--policy",
         metavar="P",
-        help="fit: stream what does not fit (the default); fixed:F: stream the share F; off",
+        help="adaptive: stream what does not fit, and learn what more would cost (the default); "
+        "fit: the same; fixed:F: stream the share F; off",
+    )
+    make.add_argument(
+        "--objective",
+        default="transparent",
+        metavar="O",
+        help="what the headroom told keeps to: transparent (the default) or throughput",
+    )
+    make.add_argument(
+        "--slack",
+        type=float,
+        default=0.05,
+        metavar="S",
+        help="share that a step may take longer where transparent; default %(default)s",
     )
     make.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     make.add_argument("--top-p", type=float, default=1.0)
@@ -98,6 +112,7 @@ def _generate(options: argparse.Namespace) -> int:
         options.kv_pool = None if pool == "0" else parse_size(pool, "--kv-pool")
     if options.policy is not None:
         _core.check_policy(options.policy)
+    _core.check_objective(options.objective, options.slack, 0.0)
     if options.pool_dir is not None:
         _core.try_pool(options.pool_dir)
     prompt = _prompt(options)
@@ -160,7 +175,7 @@ def _open_cache(model: Any, options: argparse.Namespace, tokens: int) -> Any:
     from pie.hf.cache import TieredCache, geometry
 
     shape = (*geometry(model.config), model.dtype)
-    budget, policy = options.kv_device, options.policy or "fit"
+    budget, policy = options.kv_device, options.policy or "adaptive"
     if budget is None:
         needed, available = kv_bytes(*shape, tokens), memory.available_memory()
         if needed > available and options.device == "cpu":
@@ -177,6 +192,8 @@ def _open_cache(model: Any, options: argparse.Namespace, tokens: int) -> Any:
         pool_bytes=None if policy == "off" else options.kv_pool,
         pool_dir=options.pool_dir,
         policy=policy,
+        objective=options.objective,
+        slack=options.slack,
     )
 
 

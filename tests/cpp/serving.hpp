@@ -3,8 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <random>
 #include <string>
 #include <utility>
 #include <vector>
@@ -262,5 +264,48 @@ class Server {
   double alone_ns_ = 0;
   double streamed_share_ = 0;
 };
+
+// What a while of serving came to.
+struct Served {
+  double tokens_per_s = 0;
+  double slow_share = 0;  // of decode steps took more than 1.05 of what they would have alone
+  double running = 0;     // on average
+  double streamed_share = 0;
+};
+
+// Requests come and go: so many run at once, or with 0 as many as the headroom allows. A third of
+// the steps go by before it is counted.
+inline Served serve(Server& server, int steps, std::size_t running, std::uint32_t prompt) {
+  std::mt19937 random(5);
+  const auto draw = [&] {
+    return Request{prompt, 64 + static_cast<std::uint32_t>(random() % 256)};
+  };
+  Request next = draw();
+  Served served;
+  Nanos began = 0;
+  const int skipped = steps / 3;
+  for (int i = 0; i < steps; ++i) {
+    for (int more = 0; more < 4 && (running == 0 || server.running() < running); ++more) {
+      if (running > 0) {
+        server.start(next);
+      } else if (!server.admit(next)) {
+        break;
+      }
+      next = draw();
+    }
+    if (i == skipped) began = server.now();
+    const auto tokens = static_cast<double>(server.decode());
+    if (i < skipped) continue;
+    served.tokens_per_s += tokens;
+    served.slow_share += server.step_ns() > 1.05 * server.alone_ns() ? 1 : 0;
+    served.streamed_share += server.streamed_share();
+  }
+  const double counted = steps - skipped;
+  served.running = served.tokens_per_s / counted;
+  served.tokens_per_s *= 1e9 / static_cast<double>(server.now() - began);
+  served.slow_share /= counted;
+  served.streamed_share /= counted;
+  return served;
+}
 
 }  // namespace pie::testing

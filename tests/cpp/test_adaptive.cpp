@@ -14,6 +14,7 @@ namespace pie {
 namespace {
 
 using testing::Request;
+using testing::serve;
 using testing::Server;
 using testing::Serving;
 
@@ -55,7 +56,7 @@ constexpr Demand demand{20'000, 200'000, 0, 48};
 // A server that always fills what it is allowed, a sequence of 200 frames a step, for `steps`.
 class Loop {
  public:
-  Loop(Truth truth, Aim aim) : truth_(std::move(truth)) { objective_.aim = aim; }
+  Loop(const Truth& truth, Aim aim) : truth_(truth) { objective_.aim = aim; }
 
   void run(int steps) {
     for (int i = 0; i < steps; ++i) {
@@ -204,7 +205,7 @@ TEST(Adapting, SaysWhatBoundsIt) {
   EXPECT_EQ(decide(demand, state, {}).reason, Reason::starting);
   EXPECT_EQ(decide(demand, state, {}).frames, 0U);
   Truth truth(1);
-  for (double kv = 100; kv < 20'000; kv += 100) state = observe(state, truth.step(kv, 0));
+  for (int kv = 100; kv < 20'000; kv += 100) state = observe(state, truth.step(kv, 0));
   EXPECT_EQ(decide(demand, state, {}).reason, Reason::exploring);
   EXPECT_GT(decide(demand, state, {}).frames, 0U);
   Loop slow_link(truth, Aim::transparent);
@@ -247,51 +248,15 @@ Serving small_machine() {
   return serving;
 }
 
-struct Served {
-  double tokens_per_s = 0;
-  int slow = 0;  // of the steps that are counted
-  int steps = 0;
-};
-
-// Requests come and go: so many run at once, or as many as the headroom allows.
-Served serve(Server& server, int steps, std::size_t running_most) {
-  std::mt19937 random(5);
-  const auto draw = [&] { return Request{2048, 64 + static_cast<std::uint32_t>(random() % 256)}; };
-  Request next = draw();
-  Served served;
-  Nanos began = 0;
-  double tokens = 0;
-  for (int i = 0; i < steps; ++i) {
-    for (int more = 0; more < 4 && server.running() < running_most; ++more) {
-      if (running_most < 1000) {
-        server.start(next);
-      } else if (!server.admit(next)) {
-        break;
-      }
-      next = draw();
-    }
-    if (i == steps / 3) {
-      began = server.now();
-      tokens = 0;
-    }
-    tokens += static_cast<double>(server.decode());
-    if (i < steps / 3) continue;
-    ++served.steps;
-    served.slow += server.step_ns() > 1.05 * server.alone_ns() ? 1 : 0;
-  }
-  served.tokens_per_s = tokens * 1e9 / static_cast<double>(server.now() - began);
-  return served;
-}
-
 TEST(Serving, ReachesTheBestOfFixedBatches) {
   const Objective throughput = make_objective("throughput", 0.05, 0);
   double best = 0;
   for (const std::size_t running : {28U, 34U, 40U, 48U, 56U, 68U, 80U}) {
     Server server(small_machine(), "fit", throughput);
-    best = std::max(best, serve(server, 240, running).tokens_per_s);
+    best = std::max(best, serve(server, 240, running, 2048).tokens_per_s);
   }
   Server server(small_machine(), "adaptive", throughput);
-  const double reached = serve(server, 240, 1000).tokens_per_s;
+  const double reached = serve(server, 240, 0, 2048).tokens_per_s;
   std::cout << reached << " tokens a second, by fixed batches at best " << best << '\n';
   EXPECT_GE(reached, 0.95 * best);
   EXPECT_GT(server.cache().stats().streamed_bytes, 0U);
@@ -314,7 +279,7 @@ TEST(Serving, IsTransparentWhileContextsGrow) {
 
 TEST(Serving, GivesUpWhatALinkDoesNotBringAnyMore) {
   Server server(small_machine(), "adaptive", make_objective("throughput", 0.05, 0));
-  serve(server, 160, 1000);
+  serve(server, 160, 0, 2048);
   const Bytes before = server.cache().stats().budget_bytes;
   SimFaults slow;
   slow.slow = 1;

@@ -279,6 +279,51 @@ def test_shares_that_a_cpu_does_not_read_in_place(share: Any) -> None:
         make(in_place_share=share)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("objective", "fast"), ("objective", None), ("slack", -0.1), ("slack", 11), ("slack", "5%"),
+     ("slack", float("nan")), ("max_tpot_ms", -1), ("max_tpot_ms", True)],
+)  # fmt: skip
+def test_objectives_that_cannot_be(option: str, value: Any) -> None:
+    with pytest.raises(pie.ConfigError, match=option):
+        make(**{option: value})
+
+
+def test_headroom() -> None:
+    """Learned from decode steps: what can be admitted beyond the device, and at what price."""
+    with make("1MiB", slack=0.5) as cache:
+        assert cache.stats().policy == "adaptive"
+        empty = cache.headroom()
+        assert 0 < empty.tokens < empty.tokens_most
+        assert empty.slowdown_most == 0, "nothing is known yet"
+        assert cache.stats().budget_reason == "starting"
+        sequence = cache.add()
+        rows = empty.tokens + 200
+        fill(cache, sequence, rows)
+        for _ in range(20):
+            fill(cache, sequence, 1)
+        stats = cache.stats()
+        assert stats.link_bytes_per_s > 0
+        assert stats.budget_reason != "starting"
+        full = cache.headroom()
+        assert full.tokens < empty.tokens
+        assert full.tokens_most < empty.tokens_most
+        with pytest.raises(pie.LogicError, match="headroom"), cache.step([(sequence, 1)]):
+            cache.headroom()
+
+
+def fill(cache: pie.TieredKVCache, sequence: int, tokens: int) -> None:
+    q, k, v = rows_of(tokens)
+    with cache.step([(sequence, tokens)]):
+        for layer in range(LAYERS):
+            cache.attend(layer, q, k, v)
+
+
+def rows_of(tokens: int) -> tuple[torch.Tensor, ...]:
+    heads = (QUERY_HEADS, KV_HEADS, KV_HEADS)
+    return tuple(torch.randn(tokens, count, HEAD_DIM) for count in heads)
+
+
 @pytest.mark.parametrize("block_tokens", [-16, 0, 17, 2**40, "16"])
 def test_bad_block_tokens(block_tokens: object) -> None:
     with pytest.raises(pie.ConfigError, match="block_tokens"):

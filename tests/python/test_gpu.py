@@ -84,6 +84,7 @@ def run(
         block_tokens=tokens,
         windows=shape.get("windows"),
         in_place_share=share,
+        policy=shape.get("policy", "adaptive"),
     ) as cache:
         names = {"a": cache.add(), "b": cache.add()}
         for batch in BATCHES:
@@ -135,7 +136,7 @@ def test_a_table_edited_under_an_upload_is_seen(
 ) -> None:
     double.fake_set_order(1, 11)
     monkeypatch.setattr(gpu_double.Mark, "synchronize", lambda self: None)
-    run("cuda", torch.float32, 400)  # nothing is streamed: no ticket tells how far the stream is
+    run("cuda", torch.float32, 400, policy="off")  # so nothing tells how far the stream is
     said = ctypes.create_string_buffer(100)
     assert double.fake_take_violations(said, len(said)) > 0
     assert b"CPU memory is written while it may be in use" in said.value

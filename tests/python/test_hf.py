@@ -4,6 +4,7 @@ import copy
 import random
 import shutil
 import signal
+import time
 import warnings
 from pathlib import Path
 
@@ -625,13 +626,16 @@ def test_a_refused_batch_changes_nothing(model, attention: str) -> None:
 def test_interrupts_leave_the_cache_as_it_was(model, attention: str) -> None:
     model.set_attn_implementation(attention)
     inputs, choose, interrupts = batch([20, 9]), random.Random(0), 0
+    began = time.perf_counter()
+    greedy(model, inputs, 20)
+    pass_s = (time.perf_counter() - began) / 20
     handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
     with TieredCache(model.config, "f32", **TIGHT) as cache, torch.no_grad():
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         while ids.shape[1] < 60:
             new = ids[:, cache.get_seq_length() :]
             try:
-                signal.setitimer(signal.ITIMER_REAL, choose.uniform(1e-4, 6e-3))
+                signal.setitimer(signal.ITIMER_REAL, choose.uniform(1e-4, max(3e-4, 2 * pass_s)))
                 out = model(new, attention_mask=mask, **cache_argument(model, cache)).logits
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:

@@ -1,0 +1,71 @@
+// What a server gains that admits by the cache's headroom, on simulated machines.
+//
+//   adaptive [steps]
+//
+// Requests of 2,048 tokens come as fast as they are admitted, answer 64 to 319 tokens each, and go.
+// First with fixed numbers of them at once, from what the device holds (1.00) up; then as many as
+// the headroom allows, for the most throughput and for steps within 5 % of what they would take
+// with all their KV on the device. Every copy and every step takes what the model of the machine
+// says, so the figures are the same wherever this runs.
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <string>
+
+#include "serving.hpp"
+
+namespace {
+
+using pie::testing::Served;
+using pie::testing::Server;
+using pie::testing::Serving;
+
+constexpr std::uint32_t prompt = 2048;
+constexpr double answer = 192;       // on average
+constexpr std::uint32_t ahead = 64;  // tokens of each that there is to be room for
+
+void print(const char* what, const Served& served, double best) {
+  std::printf(
+      "  %-22s %6.1f running, %8.0f tokens/s, %5.2f of the best, %4.1f %% of KV streamed, "
+      "%5.1f %% of steps beyond 1.05\n",
+      what, served.running, served.tokens_per_s, served.tokens_per_s / best,
+      100 * served.streamed_share, 100 * served.slow_share);
+  std::fflush(stdout);
+}
+
+Served serve(const Serving& serving, const std::string& objective, std::size_t running, int steps) {
+  Server server(serving, "adaptive", pie::make_objective(objective, 0.05, 0), ahead);
+  return pie::testing::serve(server, steps, running, prompt);
+}
+
+void measure(const Serving& serving, int steps) {
+  const auto tokens =
+      static_cast<double>(serving.device_bytes) * serving.geometry.block_tokens /
+      (static_cast<double>(serving.geometry.frame_bytes()) * serving.geometry.layers);
+  const double fits = tokens / (prompt + answer / 2);
+  std::printf("%s: the device holds %.0f requests\n", serving.name.c_str(), fits);
+  double best = 0;
+  for (const double times : {0.75, 1.0, 1.1, 1.2, 1.35, 1.5, 1.75}) {
+    const auto running = static_cast<std::size_t>(fits * times);
+    const Served served = serve(serving, "throughput", running, steps);
+    best = std::max(best, served.tokens_per_s);
+    print(("fixed, " + std::to_string(times).substr(0, 4)).c_str(), served, best);
+  }
+  print("adaptive, throughput", serve(serving, "throughput", 0, steps), best);
+  print("adaptive, transparent", serve(serving, "transparent", 0, steps), best);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int steps = argc > 1 ? std::atoi(argv[1]) : 480;
+  try {
+    for (const Serving& serving :
+         {pie::testing::gh200_34b(), pie::testing::gh200_opt_13b(), pie::testing::rtx4090_27b()}) {
+      measure(serving, steps);
+    }
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+}
