@@ -75,7 +75,7 @@ void StepModel::restart(const StepReport& report) {
 
 double StepModel::predict_ns(double kv_frames, double loaded_frames) const {
   const Vector x = inputs(kv_frames, loaded_frames);
-  return unit_ns_ * (value_[0] * x[0] + value_[1] * x[1] + value_[2] * x[2]);
+  return std::max(1.0, unit_ns_ * (value_[0] * x[0] + value_[1] * x[1] + value_[2] * x[2]));
 }
 
 void StepModel::observe(const StepReport& report) {
@@ -239,7 +239,7 @@ Budget decide(const Demand& demand, const State& state, const Objective& objecti
   const double change = as_double(next.frames) - as_double(now.frames);
   const double worth = change > 0 ? worth_raising : worth_lowering;
   if (std::abs(change) < worth * as_double(now.frames)) return {now.frames, next.reason};
-  next.frames = std::min(next.frames, now.frames + now.frames / 2 + a_little);
+  next.frames = std::min(next.frames, now.frames + now.frames / 8 + a_little / 4);
   return next;
 }
 

@@ -114,6 +114,7 @@ Headroom Controller::headroom(const Snapshot& snapshot) const {
   Demand demand = demand_of(snapshot);
   demand.active_frames += snapshot.pool_frames - demand.pool_frames;
   demand.pool_frames = snapshot.pool_frames;
+  if (!measures_) demand.pool_frames = 0;
   const auto tokens = [&](double frames) {
     const double more = frames - static_cast<double>(demand.active_frames);
     return static_cast<std::uint64_t>(std::max(0.0, more / frames_per_token_));

@@ -853,6 +853,8 @@ std::uint32_t Scheduler::run_from(const BlockKey& key) {
 void Scheduler::reconcile() {
   cursor_ = {};
   ahead_ = false;
+  if (!seek_pooled()) return;  // what is there waits for a step that reads it
+  cursor_ = {};
   std::deque<Load> before = ring_.take_list();
   std::optional<Cursor> missing;
   std::size_t hint = 0;
