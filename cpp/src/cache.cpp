@@ -666,8 +666,12 @@ Cache::Cache(const CacheOptions& options) : door_(std::make_unique<Door>()) {
 }
 
 Cache::Cache(const Geometry& geometry, const std::string& policy, std::unique_ptr<Backend> backend)
+    : Cache(geometry, make_policy(policy), std::move(backend)) {}
+
+Cache::Cache(const Geometry& geometry, std::unique_ptr<Policy> policy,
+             std::unique_ptr<Backend> backend)
     : door_(std::make_unique<Door>()),
-      impl_(std::make_unique<Impl>(geometry, make_policy(policy), std::move(backend))) {}
+      impl_(std::make_unique<Impl>(geometry, std::move(policy), std::move(backend))) {}
 
 // What a forked child inherits is left as it is: transfers, threads and files are its parent's.
 Cache::~Cache() {

@@ -151,16 +151,11 @@ Plan plan_ring(const Snapshot& snapshot, const Totals& totals, std::uint64_t wan
   if (excess == 0 && wanted == 0) return plan;
 
   // Idle branches are not read, so setting them aside costs neither ring nor link.
-  std::uint64_t idle = std::min(totals.full_idle, excess);
+  const std::uint64_t idle = std::min(totals.full_idle, excess);
   const std::uint64_t excess_active = excess - idle;
   std::uint64_t active = std::max(excess_active, wanted);
   std::uint64_t ring = 0;
-  if (active == 0 && excess + snapshot.ring_frames <
-                         std::min<std::uint64_t>(totals.full_idle, snapshot.pool_frames)) {
-    // Nobody streams in this step: what was asked for ahead stays for those who will.
-    ring = snapshot.ring_frames;
-    idle = excess + ring;
-  } else if (active > 0) {
+  if (active > 0) {
     // The ring takes room from residents, which adds to what is streamed: X = excess + ring(X).
     // Three rounds settle it: ring(X) grows far slower than X and is capped at half of the room.
     const std::uint64_t left =
@@ -266,6 +261,16 @@ std::uint32_t streamed_blocks(std::uint32_t streamed_frames, std::uint32_t layer
   const std::uint64_t remainder = streamed_frames % layers;
   const auto extra = (layer + 1) * remainder / layers - layer * remainder / layers;
   return streamed_frames / layers + static_cast<std::uint32_t>(extra);
+}
+
+bool is_plan_for(const Snapshot& snapshot, const Plan& plan) {
+  if (plan.streamed_frames.size() != snapshot.branches.size()) return false;
+  for (std::size_t i = 0; i < plan.streamed_frames.size(); ++i) {
+    if (plan.streamed_frames[i] > full_frames(snapshot.branches[i])) return false;
+  }
+  return plan.ring_frames > 0 || std::ranges::none_of(snapshot.branches, [&](const auto& view) {
+           return view.active && plan.streamed_frames[&view - snapshot.branches.data()] > 0;
+         });
 }
 
 std::uint64_t device_frames_needed(const Snapshot& snapshot, const Plan& plan) {

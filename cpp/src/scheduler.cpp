@@ -66,6 +66,7 @@ void Scheduler::begin(std::span<const Growth> batch, const StepShape& shape) {
   const auto is_decode = [](const Growth& growth) { return growth.new_tokens == 1; };
   controller_.begin(std::ranges::all_of(batch_, is_decode), now);
   Plan plan = policy_->plan(now);
+  require(is_plan_for(now, plan), "step: the policy's plan is not one for the step's snapshot.");
   admit(now, plan, set_aside);
 
   plan_ = std::move(plan);
@@ -853,8 +854,6 @@ std::uint32_t Scheduler::run_from(const BlockKey& key) {
 void Scheduler::reconcile() {
   cursor_ = {};
   ahead_ = false;
-  if (!seek_pooled()) return;  // what is there waits for a step that reads it
-  cursor_ = {};
   std::deque<Load> before = ring_.take_list();
   std::optional<Cursor> missing;
   std::size_t hint = 0;

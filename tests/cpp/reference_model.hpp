@@ -276,6 +276,24 @@ class StampKernel final : public LayerKernel {
   std::shared_ptr<std::string> failure_ = std::make_shared<std::string>();
 };
 
+// At every step another share of what could be streamed.
+class Fuzzed final : public Policy {
+ public:
+  [[nodiscard]] Plan plan(const Snapshot& snapshot) const override {
+    const double share = static_cast<double>(random_() % 5) / 4;
+    return make_policy("fixed:" + std::to_string(share))->plan(snapshot);
+  }
+  [[nodiscard]] std::string name() const override { return "fuzz"; }
+
+ private:
+  mutable std::mt19937 random_{7};
+};
+
+[[nodiscard]] inline std::unique_ptr<Policy> policy_named(const std::string& name) {
+  if (name == "fuzz") return std::make_unique<Fuzzed>();
+  return make_policy(name);
+}
+
 // One cache under test and what it should hold.
 class Model {
  public:
@@ -289,7 +307,7 @@ class Model {
                                                          : std::make_unique<SimMachine>(sim())),
         kernel_(geometry, streams_ ? machine_.get() : nullptr),
         random_(geometry.layers),
-        cache_(std::make_unique<Cache>(geometry, policy, std::move(backend))) {
+        cache_(std::make_unique<Cache>(geometry, policy_named(policy), std::move(backend))) {
     if (streams_ && proxy_ != nullptr) cache_->set_stream(compute_stream);
   }
 

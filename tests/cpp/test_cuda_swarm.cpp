@@ -199,7 +199,7 @@ class History {
                                   bug);
     watched_ = watched.get();
     auto machine = std::make_unique<FakeMachine>(*watched);
-    const std::array policies = {"fit", "fit", "fixed:0.5", "fixed:1"};
+    const std::array policies = {"fit", "fit", "fixed:0.5", "fixed:1", "fuzz"};
     model_ = std::make_unique<Model>(geometry_, policies[pick(policies.size())], std::move(watched),
                                      std::move(machine));
     model_->set_stream(stream(1));

@@ -153,6 +153,23 @@ TEST(Policy, FixedKeepsWithinThePool) {
   EXPECT_EQ(make_policy("fixed:1")->plan(snapshot).streamed(), 50U);
 }
 
+TEST(Policy, PlansAreForTheirSnapshot) {
+  const std::vector<BranchView> branches{{4, 10, 1, true}, {4, 5, 0, false}};
+  const Snapshot snapshot = make_snapshot(4, 40, branches);
+  Plan plan = make_policy("fixed:0.5")->plan(snapshot);
+  EXPECT_TRUE(is_plan_for(snapshot, plan));
+  plan.streamed_frames[1] = 21;
+  EXPECT_FALSE(is_plan_for(snapshot, plan)) << "more than there are";
+  plan.streamed_frames[1] = 20;
+  EXPECT_TRUE(is_plan_for(snapshot, plan));
+  plan.ring_frames = 0;
+  EXPECT_FALSE(is_plan_for(snapshot, plan)) << "nothing to stream through";
+  plan.streamed_frames[0] = 0;
+  EXPECT_TRUE(is_plan_for(snapshot, plan)) << "idle ones are not read";
+  plan.streamed_frames.pop_back();
+  EXPECT_FALSE(is_plan_for(snapshot, plan));
+}
+
 TEST(Policy, UnknownNamesAreRefused) {
   for (const char* name : {"", "fixed", "fixed:", "fixed:2", "fixed:-0.1", "fixed:0.5x", "Fit",
                            "Adaptive", "fixed:nan"}) {

@@ -55,8 +55,9 @@ class Run {
   Run(std::uint64_t seed, const Kind& kind, Wrap wrap, Tally& tally)
       : random_(seed), kind_(kind), tally_(tally), geometry_(draw_geometry()) {
     options_ = draw_machine(seed);
-    const std::string policies[] = {"fit", "fit", "fit", "fixed:0.5", "fixed:1", "off"};
-    policy_ = policies[pick(6)];
+    const std::string policies[] = {"fit",     "fit", "fit",  "fixed:0.5",
+                                    "fixed:1", "off", "fuzz", "fuzz"};
+    policy_ = policies[pick(8)];
     model_ = std::make_unique<Model>(geometry_, policy_, wrap(open_sim(options_)));
   }
 

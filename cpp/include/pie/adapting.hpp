@@ -117,7 +117,8 @@ struct State {
 
 [[nodiscard]] State observe(const State& state, const StepReport& report);
 
-// Moves at once to less, by an eighth of what it is and a little to more, and not for a few percent.
+// Moves at once to less, by an eighth of what it is and a little to more, and not for a few
+// percent.
 [[nodiscard]] Budget decide(const Demand& demand, const State& state, const Objective& objective);
 
 // Frames that a step can read when it streams so many of them: the device is full, and two and a

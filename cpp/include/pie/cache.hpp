@@ -16,6 +16,7 @@
 #include "pie/backend.hpp"
 #include "pie/layer_kernel.hpp"
 #include "pie/options.hpp"
+#include "pie/policy.hpp"
 #include "pie/types.hpp"
 
 namespace pie {
@@ -131,6 +132,11 @@ class Cache {
 
   // Runs over a backend of the embedder's; its frames must hold `geometry.frame_bytes()`.
   Cache(const Geometry& geometry, const std::string& policy, std::unique_ptr<Backend> backend);
+
+  // The same by a policy of the embedder's. A step whose plan is not one for its snapshot throws
+  // LogicError, and what the policy throws goes on to the caller of `begin`; neither changes
+  // anything.
+  Cache(const Geometry& geometry, std::unique_ptr<Policy> policy, std::unique_ptr<Backend> backend);
 
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;

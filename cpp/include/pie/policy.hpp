@@ -57,6 +57,9 @@ struct Plan {
 [[nodiscard]] std::uint32_t streamed_blocks(std::uint32_t streamed_frames, std::uint32_t layer,
                                             std::uint32_t layers);
 
+// Whether a plan says of each of the snapshot's views how many of its full frames are streamed.
+[[nodiscard]] bool is_plan_for(const Snapshot& snapshot, const Plan& plan);
+
 // Frames the device must hold for `plan`: resident, pinned and ring. More than
 // `snapshot.device_frames` means that the step cannot run.
 [[nodiscard]] std::uint64_t device_frames_needed(const Snapshot& snapshot, const Plan& plan);
