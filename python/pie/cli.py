@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.command == "info":
-            print(info.describe(options.pool_dir))
+            print(info.describe(options.pool_dir, options.model))
             return 0
         return _generate(options)
     except KeyboardInterrupt:
@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     about = commands.add_parser("info", help="what this machine offers")
     about.add_argument("--pool-dir", metavar="DIR", help="directory whose disk is tried")
+    about.add_argument(
+        "--model", metavar="PATH", help="say what a pool would gain for it: .gguf, or a folder"
+    )
     make = commands.add_parser("generate", help="continue a prompt", epilog=_EPILOG)
     make.add_argument("--model", required=True, help="folder of safetensors, .gguf file, or hub id")
     prompt = make.add_mutually_exclusive_group(required=True)

@@ -276,6 +276,37 @@ def test_info(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_info_of_a_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "model-1.safetensors"
+    weights.write_bytes(b"0" * (3 << 20))
+    assert main(["info", "--pool-dir", str(tmp_path), "--model", str(tmp_path)]) == 0
+    assert "with 3.0 MiB of weights: there is no GPU" in capsys.readouterr().out
+    gpu = info.Gpu(16 << 20, 900e9, 50e9, 50e9)
+    monkeypatch.setattr(info, "_gpu", lambda: (gpu, "a card"))
+    assert main(["info", "--pool-dir", str(tmp_path), "--model", str(weights)]) == 0
+    assert "1.07 times the KV with 3.0 MiB of weights, by a pool" in capsys.readouterr().out
+    weights.write_bytes(b"0" * (15 << 20))
+    (tmp_path / "model-2.safetensors").write_bytes(b"0" * (1 << 20))
+    assert main(["info", "--pool-dir", str(tmp_path), "--model", str(tmp_path)]) == 0
+    assert "they leave no memory for KV" in capsys.readouterr().out
+    assert main(["info", "--pool-dir", str(tmp_path), "--model", str(tmp_path / "none")]) == 2
+    assert "give a .gguf file, or a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpu", "weights", "gain"),
+    [
+        (info.Gpu(int(88.4e9), 3.7e12, 400e9, 400e9), 26e9, 1.18),  # GH200, 13B in 16 bits
+        (info.Gpu(int(74.7e9), 2e12, 50e9, 50e9), 16e9, 1.03),  # H100 PCIe, 8B in 16 bits
+        (info.Gpu(int(14.7e9), 900e9, 50e9, 50e9), 13e9, 1.84),  # 16 GB, 27B in 3 bits
+    ],
+)
+def test_the_gain_is_what_the_table_says(gpu: info.Gpu, weights: float, gain: float) -> None:
+    assert info.expected_gain(gpu, int(weights)) == pytest.approx(gain, abs=0.02)
+
+
 def test_info_of_a_bad_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for name in ("/no/dir", str(tmp_path / "file"), "/dev/shm"):
