@@ -138,6 +138,33 @@ TEST_F(Cuda, CopiesRunsThatSpanRegistrations) {
   for (FrameIndex i = 0; i < 32; ++i) EXPECT_TRUE(holds<On>(*backend, 32 + i, i));
 }
 
+// Each on streams of its own GPU; the double complains of memory used on a stream of another.
+TEST_F(Cuda, SeveralGpusHaveACacheEach) {
+  become({.devices = 2});
+  using On = testing::OnCuda;
+  CudaOptions second = options_for(4, 4);
+  second.device = 1;
+  const std::array backends = {open_cuda(options_for(4, 4)), open_cuda(second)};
+  const std::array streams = {On::stream(5), Caller::get().stream_elsewhere()};
+  for (const std::size_t i : {0U, 1U}) {
+    Backend& backend = *backends[i];
+    ASSERT_EQ(grow_pool(backend, 4), 4U);
+    const Contents held = contents(backend, static_cast<std::uint32_t>(7 + i));
+    backend.require_usable(streams[i]);
+    EXPECT_THROW(backend.require_usable(streams[1 - i]), LogicError);
+    On::write(backend, streams[i], 0, held);
+    const Fence filled = backend.record(streams[i], Timing::unwanted);
+    const Ticket write = submit(backend, to_pool, {{0, 0, 1}}, {{filled, {}}});
+    const Ticket load = submit(backend, to_device, {{1, 0, 1}}, {{{}, write}});
+    backend.depend(streams[i], {{}, load});
+    const auto found = On::read(backend, streams[i], 1);
+    ASSERT_EQ(collect(backend, 2).size(), 2U);
+    Caller::get().synchronize(testing::handle_of(streams[i]));
+    EXPECT_EQ(*found, held);
+  }
+  EXPECT_EQ(fake::take_violations(), std::vector<std::string>());
+}
+
 TEST_F(Cuda, SaysWhyItPinsNoMore) {
   const std::size_t now = fake::holdings().pinned_bytes;
   become({.pinnable_bytes = now + (std::size_t{100} << 20)});
