@@ -24,6 +24,7 @@
 #include "device.hpp"
 #include "driver.hpp"
 #include "events.hpp"
+#include "memory_limit.hpp"
 #include "pie/backends.hpp"
 #include "pie/error.hpp"
 
@@ -545,6 +546,11 @@ void Cuda::abandon() {
 
 std::unique_ptr<Backend> open(const CudaOptions& options) {
   if (options.frame_bytes == 0) throw ConfigError("cuda: a frame has at least one byte.");
+  if (const Bytes limit = memory_limit(); options.pool_bytes > limit) {
+    throw ConfigError("pool_bytes is " + sized(options.pool_bytes) + ": this process may have " +
+                      sized(limit) +
+                      " of CPU memory, by the machine and its control groups; give less.");
+  }
   return std::make_unique<Cuda>(options, plugin_stride(options.frame_bytes));
 }
 

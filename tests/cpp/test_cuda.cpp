@@ -1,6 +1,10 @@
 // The CUDA backend: the conformance suite over the double of the driver, in each order that it can
 // do things in, and what only this backend promises. The suite alone runs over a real driver too.
+#include <unistd.h>
+
 #include <array>
+#include <filesystem>
+#include <fstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -8,6 +12,7 @@
 #include "conformance.hpp"
 #include "fake.hpp"
 #include "gpu_fixture.hpp"
+#include "memory_limit.hpp"
 #include "pie/backends.hpp"
 #include "pie/error.hpp"
 
@@ -107,6 +112,28 @@ TEST_F(Cuda, RefusesMoreThanIsFree) {
   const std::string said = refusal_of<CapacityError>(options_for(20'000, 0));
   expect_says(said, "of the 64.0 MiB (67108864 bytes) of NVIDIA H100 PCIe");
   expect_says(said, "are free");
+}
+
+TEST_F(Cuda, RefusesAPoolBeyondWhatTheProcessMayHave) {
+  CudaOptions options = options_for(4, 4);
+  options.pool_bytes = Bytes{1} << 50;
+  expect_says(refusal_of<ConfigError>(options), "of CPU memory, by the machine and its control");
+  const std::filesystem::path root =
+      std::filesystem::path(::testing::TempDir()) / ("groups" + std::to_string(::getpid()));
+  std::filesystem::create_directories(root / "outer/inner");
+  const auto write = [&](const char* file, const char* words) {
+    std::ofstream(root / file) << words << '\n';
+  };
+  write("self", "1:cpu:/elsewhere\n0::/outer/inner");
+  const Bytes machine = cuda::memory_limit(root / "self", root);
+  EXPECT_EQ(machine, cuda::memory_limit("/nowhere", root)) << "no group says anything";
+  write("outer/inner/memory.max", "max");
+  EXPECT_EQ(cuda::memory_limit(root / "self", root), machine);
+  write("outer/memory.max", "4096000");
+  EXPECT_EQ(cuda::memory_limit(root / "self", root), 4'096'000U) << "of what it is nested in";
+  write("outer/inner/memory.max", "8192");
+  EXPECT_EQ(cuda::memory_limit(root / "self", root), 8192U);
+  std::filesystem::remove_all(root);
 }
 
 TEST_F(Cuda, GivesMemoryBack) {
