@@ -151,11 +151,16 @@ Plan plan_ring(const Snapshot& snapshot, const Totals& totals, std::uint64_t wan
   if (excess == 0 && wanted == 0) return plan;
 
   // Idle branches are not read, so setting them aside costs neither ring nor link.
-  const std::uint64_t idle = std::min(totals.full_idle, excess);
+  std::uint64_t idle = std::min(totals.full_idle, excess);
   const std::uint64_t excess_active = excess - idle;
   std::uint64_t active = std::max(excess_active, wanted);
   std::uint64_t ring = 0;
-  if (active > 0) {
+  const std::uint64_t idle_most = std::min<std::uint64_t>(totals.full_idle, snapshot.pool_frames);
+  if (active == 0 && excess + snapshot.ring_frames < idle_most) {
+    // Nobody streams in this step: what was asked for ahead stays for those who will.
+    ring = snapshot.ring_frames;
+    idle = excess + ring;
+  } else if (active > 0) {
     // The ring takes room from residents, which adds to what is streamed: X = excess + ring(X).
     // Three rounds settle it: ring(X) grows far slower than X and is capped at half of the room.
     const std::uint64_t left =

@@ -232,6 +232,15 @@ void Ring::drop(const Branch& branch) {
   change([&](const Load& load) { return load.branch == &branch; });
 }
 
+std::uint32_t Ring::gap(const BlockKey& from, std::uint32_t count) const {
+  for (const Load& load : queue_) {
+    if (load.branch != from.branch || load.layer != from.layer || load.end() <= from.block)
+      continue;
+    count = std::min(count, load.first_block - std::min(load.first_block, from.block));
+  }
+  return count;
+}
+
 void Ring::drop(const BlockKey& key) {
   change([&](const Load& load) { return load.holds(key); });
 }

@@ -70,6 +70,9 @@ class Ring {
   [[nodiscard]] const Load* find(const BlockKey& key) const;
   [[nodiscard]] bool empty() const { return queue_.empty(); }
 
+  // Of `count` blocks from one on, how many come before the first that a load holds.
+  [[nodiscard]] std::uint32_t gap(const BlockKey& from, std::uint32_t count) const;
+
   // Whether the copy of a load has ended.
   [[nodiscard]] bool arrived(const Load& load) const;
 

@@ -724,7 +724,7 @@ std::uint32_t Scheduler::take(const Load* found, const BlockKey& key) {
 // in the pool since.
 void Scheduler::ask_now(std::size_t leg, const BlockKey& key, LayerKernel& kernel) {
   const Cursor here{layer_, leg, key.block};
-  const std::uint32_t asked = ask(key);
+  const std::uint32_t asked = ask(key, ahead_ || here < cursor_);
   if (cursor_ <= here) {
     cursor_ = {layer_, leg, key.block + asked};
     pump();
@@ -853,6 +853,9 @@ std::uint32_t Scheduler::run_from(const BlockKey& key) {
 // at once it must fit without a gap, so then it is all or nothing.
 void Scheduler::reconcile() {
   cursor_ = {};
+  ahead_ = !ring_.empty();
+  if (!seek_pooled()) return;  // what is there waits for a step that reads it
+  cursor_ = {};
   ahead_ = false;
   std::deque<Load> before = ring_.take_list();
   std::optional<Cursor> missing;
@@ -897,7 +900,7 @@ void Scheduler::pump() {
     layer = cursor_.layer;
     const Load* load = ahead_ ? ring_.find(key_at_cursor()) : nullptr;
     const std::uint32_t count =
-        load != nullptr ? load->end() - cursor_.block : ask(key_at_cursor());
+        load != nullptr ? load->end() - cursor_.block : ask(key_at_cursor(), ahead_);
     if (count == 0) break;
     cursor_.block += count;
   }
@@ -906,9 +909,11 @@ void Scheduler::pump() {
 }
 
 // Into ordinary frames where the plan wants the blocks to stay and some are free, else into the
-// ring. Returns how many blocks were asked for.
-std::uint32_t Scheduler::ask(const BlockKey& key) {
-  const std::uint32_t count = run_from(key);
+// ring. Returns how many blocks were asked for: none that a load holds, if there may be some
+// beyond.
+std::uint32_t Scheduler::ask(const BlockKey& key, bool beyond) {
+  const std::uint32_t run = run_from(key);
+  const std::uint32_t count = beyond ? ring_.gap(key, run) : run;
   if (key.block >= key.branch->layers[key.layer].streamed) {
     const FrameRun frames = map_.device().acquire_run(std::min(count, copy_frames_));
     if (frames.count > 0) {

@@ -227,7 +227,7 @@ class Scheduler {
   [[nodiscard]] bool is_to_grow() const;
   void reconcile();
   void pump();
-  [[nodiscard]] std::uint32_t ask(const BlockKey& key);
+  [[nodiscard]] std::uint32_t ask(const BlockKey& key, bool beyond);
   [[nodiscard]] FrameIndex take_frame();
   void make_room();
   void write_or_wait();
