@@ -41,7 +41,7 @@ constexpr std::chrono::microseconds nap(20);
 // What a ticket leaves on its lane's stream. When it began nobody marks, since each event costs the
 // host about what a launch does: it began when the last that it had to wait for had passed.
 struct Marks {
-  Event ended;
+  CUevent ended = nullptr;
   Nanos submitted_ns = 0;
 };
 using Tickets = Ledger<Marks>;
@@ -50,7 +50,7 @@ using Tickets = Ledger<Marks>;
 struct Pending {
   std::uint64_t id = 0;
   ComputeStream stream;
-  Event event;
+  CUevent event = nullptr;
   bool timed = false;  // somebody wants to know when it passed
 };
 
@@ -111,7 +111,7 @@ class Cuda final : public Backend {
   void reap_fences();
   void end(Tickets::Entry& entry);
   void abandon();
-  [[nodiscard]] Nanos time_of(const Event& event);
+  [[nodiscard]] Nanos time_of(CUevent event);
   [[nodiscard]] Nanos began_at(const Tickets::Entry& entry);
 
   const Driver driver_;
@@ -125,7 +125,7 @@ class Cuda final : public Backend {
   std::uint32_t device_usable_ = 0;
   std::array<CUstream, 2> lane_streams_{};
   Events events_;
-  Event anchor_;  // whose time on the host's clock is known
+  CUevent anchor_ = nullptr;  // whose time on the host's clock is known
   Nanos anchor_ns_ = 0;
   std::array<Log, 2> ended_;  // tickets, by lane
   Log passed_;                // fences that tickets waited for
@@ -157,6 +157,7 @@ Cuda::Cuda(const CudaOptions& options, Bytes stride)
                       "pool_bytes=0 and a larger device_bytes.");
   }
   const Current mine = current();
+  const Relaxed relaxed(driver_);
   take_memory(options);
   try {
     for (CUstream& stream : lane_streams_) {
@@ -204,6 +205,7 @@ void Cuda::take_memory(const CudaOptions& options) {
 
 Cuda::~Cuda() {
   const Current mine = current();
+  const Relaxed relaxed(driver_);
   close();
 }
 
@@ -255,15 +257,15 @@ Nanos Cuda::now() const {
 void Cuda::anchor() {
   CUstream stream = lane_streams_.front();
   driver_.require(events_.take(anchor_), "making an event");
-  driver_.require(driver_.event_record(anchor_.handle, stream), "recording an event");
-  driver_.require(driver_.event_synchronize(anchor_.handle), "waiting for an event");
+  driver_.require(driver_.event_record(anchor_, stream), "recording an event");
+  driver_.require(driver_.event_synchronize(anchor_), "waiting for an event");
   anchor_ns_ = now();
 }
 
 // Of an event that has passed, on the host's clock.
-Nanos Cuda::time_of(const Event& event) {
+Nanos Cuda::time_of(CUevent event) {
   float elapsed_ms = 0;
-  check(driver_.event_elapsed(&elapsed_ms, anchor_.handle, event.handle), "timing an event");
+  check(driver_.event_elapsed(&elapsed_ms, anchor_, event), "timing an event");
   return anchor_ns_ + static_cast<Nanos>(static_cast<double>(elapsed_ms) * 1e6);
 }
 
@@ -271,6 +273,7 @@ Nanos Cuda::time_of(const Event& event) {
 
 std::uint32_t Cuda::resize_device(std::uint32_t frames) {
   const Current mine = current();
+  const Relaxed relaxed(driver_);
   const std::uint32_t wanted = std::min(frames, device_most_);
   if (wanted < device_usable_) {
     // Before memory is unmapped all that was given to any stream must be done with it.
@@ -287,6 +290,7 @@ std::uint32_t Cuda::resize_device(std::uint32_t frames) {
 PoolSize Cuda::resize_pool(std::uint32_t frames) {
   if (frames < pool_.usable()) {
     const Current mine = current();
+    const Relaxed relaxed(driver_);
     if (in_place_share_ > 0) check(driver_.context_synchronize(), "waiting for the GPU");
     reap();
     require(!tickets_.reaches(Tier::pool, frames),
@@ -320,7 +324,7 @@ void Cuda::enqueue(Tickets::Entry& entry) {
   marks.submitted_ns = now();
   if (check(events_.take(marks.ended), "making an event")) {
     copy(stream, entry.copies);
-    check(driver_.event_record(marks.ended.handle, stream), "recording an event");
+    check(driver_.event_record(marks.ended, stream), "recording an event");
   }
 }
 
@@ -331,14 +335,14 @@ void Cuda::order(CUstream stream, const Dep& dep, bool for_ticket) {
     const auto found = std::ranges::lower_bound(fences_, dep.fence.id, {}, &Pending::id);
     if (found != fences_.end() && found->id == dep.fence.id) {
       found->timed = found->timed || for_ticket;
-      check(driver_.stream_wait(stream, found->event.handle, 0), "waiting for a fence");
+      check(driver_.stream_wait(stream, found->event, 0), "waiting for a fence");
     }
   }
   if (dep.ticket.id == 0) return;
   const auto& live = tickets_.live(dep.ticket.lane);
   const auto found = live.find(dep.ticket.id);
-  if (found != live.end() && found->second.work.ended.handle != nullptr) {
-    check(driver_.stream_wait(stream, found->second.work.ended.handle, 0), "waiting for a ticket");
+  if (found != live.end() && found->second.work.ended != nullptr) {
+    check(driver_.stream_wait(stream, found->second.work.ended, 0), "waiting for a ticket");
   }
 }
 
@@ -423,7 +427,7 @@ Fence Cuda::record(ComputeStream stream, Timing timing) {
   const Fence fence = tickets_.record(timing);
   Pending pending{fence.id, stream, {}, timing == Timing::wanted};
   if (lost_.empty() && check(events_.take(pending.event), "making an event") &&
-      check(driver_.event_record(pending.event.handle, stream_of(stream)), "recording an event")) {
+      check(driver_.event_record(pending.event, stream_of(stream)), "recording an event")) {
     fences_.push_back(pending);
   } else {
     events_.give_back(pending.event);
@@ -470,10 +474,11 @@ void Cuda::reap() {
 
 // Tickets of a lane end in turn, as its stream runs them.
 void Cuda::reap_lane(Lane lane) {
+  const Relaxed relaxed(driver_);
   Tickets::Entries& live = tickets_.live(lane);
   while (!live.empty() && lost_.empty()) {
     Tickets::Entry& entry = live.begin()->second;
-    const CUresult result = driver_.event_query(entry.work.ended.handle);
+    const CUresult result = driver_.event_query(entry.work.ended);
     if (result == CUDA_ERROR_NOT_READY || !check(result, "copying")) return;
     if (std::ranges::any_of(entry.after, [&](const Dep& d) { return !tickets_.has_passed(d); })) {
       reap_fences();  // they have by now
@@ -496,10 +501,11 @@ Nanos Cuda::began_at(const Tickets::Entry& entry) {
 
 // Those of a stream pass in turn.
 void Cuda::reap_fences() {
+  const Relaxed relaxed(driver_);
   std::vector<ComputeStream> ahead;  // streams with one that has not passed
   std::erase_if(fences_, [&](Pending& fence) {
     if (!lost_.empty() || std::ranges::find(ahead, fence.stream) != ahead.end()) return false;
-    const CUresult result = driver_.event_query(fence.event.handle);
+    const CUresult result = driver_.event_query(fence.event);
     if (result == CUDA_ERROR_NOT_READY || !check(result, "computing")) {
       ahead.push_back(fence.stream);
       return false;

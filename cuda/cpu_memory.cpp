@@ -155,6 +155,7 @@ void CpuMemory::bind() {
 void CpuMemory::try_pinning() {
   const Driver& driver = device_.driver();
   const Current current(driver, device_.context());
+  const Relaxed relaxed(driver);
   const CUresult result = driver.host_register(start_, page_bytes(), CU_MEMHOSTREGISTER_PORTABLE);
   if (result == CUDA_SUCCESS) {
     driver.host_unregister(start_);
@@ -227,6 +228,7 @@ bool CpuMemory::has_grown() const {
 void CpuMemory::make_ready() {
   const Driver& driver = device_.driver();
   const Current current(driver, device_.context());
+  const Relaxed relaxed(driver);
   std::unique_lock lock(mutex_);
   for (;;) {
     changed_.wait(lock, [&] { return ending_ || wants_more(); });
@@ -263,6 +265,7 @@ std::string CpuMemory::make_ready(std::uint32_t chunk) const {
 void CpuMemory::give_back(std::uint32_t keep) {
   const Driver& driver = device_.driver();
   const Current current(driver, device_.context());
+  const Relaxed relaxed(driver);
   for (; ready_ > keep; --ready_) {
     std::byte* start = chunk_start(ready_ - 1);
     if (kind_ == CpuMemoryKind::pinned) driver.host_unregister(start);

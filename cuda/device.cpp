@@ -76,6 +76,7 @@ DeviceMemory::DeviceMemory(const Device& device, Bytes most) : device_(device) {
 
 DeviceMemory::~DeviceMemory() {
   const Current current(device_.driver(), device_.context());
+  const Relaxed relaxed(device_.driver());
   device_.driver().context_synchronize();  // kernels of the caller's may be reading it still
   while (!pieces_.empty()) shrink();
   device_.driver().address_free(number_of(start_), reserved_);

@@ -82,21 +82,31 @@ struct Driver {
   void require(CUresult result, const char* what) const;
 };
 
-// Makes a device's context the thread's own for as long as this lives, in which nothing that is
-// called ends what somebody is capturing into a graph on a stream of his own.
+// Makes a device's context the thread's own for as long as this lives.
 class Current {
  public:
   Current(const Driver& driver, CUcontext context) : driver_(driver) {
     driver_.context_push(context);
-    driver_.capture_mode(&mode_);
   }
   Current(const Current&) = delete;
   Current& operator=(const Current&) = delete;
   ~Current() {
-    driver_.capture_mode(&mode_);
     CUcontext left = nullptr;
     driver_.context_pop(&left);
   }
+
+ private:
+  const Driver& driver_;
+};
+
+// For what asks or waits for the device, or takes memory: as long as this lives none of it ends
+// what somebody is capturing into a graph on a stream of his own.
+class Relaxed {
+ public:
+  explicit Relaxed(const Driver& driver) : driver_(driver) { driver_.capture_mode(&mode_); }
+  Relaxed(const Relaxed&) = delete;
+  Relaxed& operator=(const Relaxed&) = delete;
+  ~Relaxed() { driver_.capture_mode(&mode_); }
 
  private:
   const Driver& driver_;

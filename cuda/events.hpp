@@ -11,10 +11,6 @@
 
 namespace pie::cuda {
 
-struct Event {
-  CUevent handle = nullptr;
-};
-
 class Events {
  public:
   explicit Events(const Driver& driver) : driver_(driver) {}
@@ -24,20 +20,20 @@ class Events {
     for (CUevent event : spare_) driver_.event_destroy(event);
   }
 
-  // One that was never recorded, or has passed; no handle where the driver gives none.
-  [[nodiscard]] CUresult take(Event& event) {
+  // One that was never recorded, or has passed; null where the driver gives none.
+  [[nodiscard]] CUresult take(CUevent& event) {
     if (spare_.empty()) {
       spare_.reserve(++made_);  // giving back asks for nothing
-      return driver_.event_create(&event.handle, CU_EVENT_DEFAULT);
+      return driver_.event_create(&event, CU_EVENT_DEFAULT);
     }
-    event.handle = spare_.back();
+    event = spare_.back();
     spare_.pop_back();
     return CUDA_SUCCESS;
   }
 
-  void give_back(Event& event) {
-    if (event.handle != nullptr) spare_.push_back(event.handle);
-    event.handle = nullptr;
+  void give_back(CUevent& event) {
+    if (event != nullptr) spare_.push_back(event);
+    event = nullptr;
   }
 
  private:

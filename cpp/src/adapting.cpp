@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <string>
 
 #include "pie/error.hpp"
@@ -149,14 +150,14 @@ State observe(const State& state, const StepReport& report) {
     const double alone = next.decode.predict_ns(as_double(report.kv_frames), 0);
     next.slowdown = std::max(0.0, static_cast<double>(report.step_ns) / alone - 1);
   }
-  if (report.loaded_frames == 0) next.margin *= margin_kept;
+  if (report.loaded_frames == 0) next.margin *= margin_kept;  // nothing is learned of it
   if (report.loaded_frames == 0 || report.step_ns == 0 || next.load_ns == 0) return next;
   const auto step = static_cast<double>(report.step_ns);
   const double expected =
       step_ns(next, as_double(report.kv_frames), as_double(report.loaded_frames));
   // Raised by what is beyond it, and otherwise let down slowly: few steps are beyond.
-  const double beyond = step / expected - 1 - state.margin;
-  next.margin = std::max(0.0, state.margin * margin_kept + margin_pace * std::max(0.0, beyond));
+  const double excess = step / expected - 1 - state.margin;
+  next.margin = state.margin * margin_kept + margin_pace * std::max(0.0, excess);
   const double used = std::min(1.0, as_double(report.loaded_frames) * next.load_ns / step);
   // A stall beside a link that rests comes of what has just changed, and says nothing of its rate.
   const bool stalled = static_cast<double>(report.stall_ns) > stall_counts * step;
@@ -176,20 +177,16 @@ double room(const Demand& demand, std::uint64_t streamed_frames) {
 
 namespace {
 
-bool is_within(const State& state, const Objective& objective, double kv, double streamed) {
-  const double takes = step_ns(state, kv, streamed);
-  if (objective.step_ns_max > 0 && takes > static_cast<double>(objective.step_ns_max)) return false;
-  return objective.aim == Aim::throughput ||
-         takes * (1 + std::min(state.margin, objective.slack / 2)) <=
-             (1 + objective.slack) * state.decode.predict_ns(kv, 0);
-}
-
-Reason why_no_more(const State& state, const Objective& objective, double kv, double streamed) {
+// What makes a step beyond the objective; nothing where it is within.
+std::optional<Reason> beyond(const State& state, const Objective& objective, double kv,
+                             double streamed) {
   const double takes = step_ns(state, kv, streamed);
   if (objective.step_ns_max > 0 && takes > static_cast<double>(objective.step_ns_max)) {
     return Reason::latency;
   }
-  if (objective.aim == Aim::throughput) return Reason::best;
+  const double margin = std::min(state.margin, objective.slack / 2);
+  const double most = (1 + objective.slack) * state.decode.predict_ns(kv, 0);
+  if (objective.aim == Aim::throughput || takes * (1 + margin) <= most) return {};
   return takes > state.decode.predict_ns(kv, streamed) ? Reason::link : Reason::interference;
 }
 
@@ -204,8 +201,8 @@ Budget aimed_at(const Demand& demand, const State& state, const Objective& objec
     const auto frames = static_cast<std::uint64_t>(most * i / steps_of_search);
     const double streamed = as_double(frames);
     const double kv = room(demand, frames);
-    if (!is_within(state, objective, kv, streamed)) {
-      found.reason = why_no_more(state, objective, kv, streamed);
+    if (const auto reason = beyond(state, objective, kv, streamed)) {
+      found.reason = *reason;
       break;
     }
     const double rate = kv / step_ns(state, kv, streamed);

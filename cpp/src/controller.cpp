@@ -49,7 +49,7 @@ Controller::Controller(Backend& backend, Transfers& transfers, const Geometry& g
 
 Controller::Moment Controller::moment() {
   if (!streams_) return {{}, true, backend_.now()};
-  return {transfers_.mark(stream_), false, 0};
+  return {transfers_.mark(), false, 0};
 }
 
 bool Controller::has_come(Moment& moment) {

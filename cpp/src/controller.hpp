@@ -20,7 +20,6 @@ class Controller {
   Controller(Backend& backend, Transfers& transfers, const Geometry& geometry, bool measures);
 
   void set_objective(const Objective& objective) { objective_ = objective; }
-  void set_stream(ComputeStream stream) { stream_ = stream; }
 
   // What is stalled by waiting on the calling thread; what streams wait is known to the transfers.
   void add_stall(Nanos stall_ns) { waited_ns_ += stall_ns; }
@@ -61,7 +60,6 @@ class Controller {
   const bool streams_;
   const bool measures_;
   const double frames_per_token_;
-  ComputeStream stream_;
   Objective objective_;
   State state_;
   Demand demand_;  // of the last step

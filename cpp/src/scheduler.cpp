@@ -453,7 +453,6 @@ void Scheduler::set_stream(ComputeStream stream) {
   backend_.require_usable(stream);
   backend_.depend(stream, {backend_.record(stream_, Timing::unwanted), {}});
   stream_ = stream;
-  controller_.set_stream(stream);
   transfers_.set_stream(stream);
 }
 

@@ -142,9 +142,9 @@ void Transfers::depend(Ticket ticket) {
   backend_.depend(stream_, {{}, ticket});
 }
 
-Fence Transfers::mark(ComputeStream stream) {
+Fence Transfers::mark() {
   marks_.reserve(marks_.size() + 1);
-  marks_.push_back({backend_.record(stream, Timing::wanted), {}});
+  marks_.push_back({backend_.record(stream_, Timing::wanted), {}});
   return marks_.back().fence;
 }
 

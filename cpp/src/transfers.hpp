@@ -83,8 +83,8 @@ class Transfers {
   // How long streams have waited for copies, as far as it is known yet.
   [[nodiscard]] Nanos stall_ns() const { return stall_ns_; }
 
-  // A place on a stream: when it passed, once that is known, and then no more.
-  [[nodiscard]] Fence mark(ComputeStream stream);
+  // A place on the stream: when it passed, once that is known, and then no more.
+  [[nodiscard]] Fence mark();
   [[nodiscard]] std::optional<Nanos> take_mark(Fence fence);
   void drop_mark(Fence fence);
 

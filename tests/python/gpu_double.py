@@ -78,10 +78,7 @@ class Double:
         self._bytes = 0
         self.launches = 0
         self._staged = torch.empty(2 * _STAGED, dtype=torch.int32)
-        self._staging = self.staging(self._staged)
-
-    def staging(self, memory: torch.Tensor) -> Staging:
-        return TellingStaging(memory, lambda: Mark(self._library))
+        self._staging = TellingStaging(self._staged, lambda: Mark(self._library))
 
     def stream(self) -> int:
         return 0
