@@ -759,6 +759,15 @@ void Cache::set_objective(const Objective& objective) {
   });
 }
 
+void Cache::set_streamed(Bytes bytes) {
+  change([&](const Turn& turn) {
+    turn->refuse_in_step("set_streamed");
+    const Bytes frames = bytes / turn->capabilities_.frame_stride;
+    turn->scheduler_.set_wanted(
+        static_cast<std::uint32_t>(std::min<Bytes>(frames, turn->capabilities_.pool_frames)));
+  });
+}
+
 Headroom Cache::headroom() const {
   const Turn turn(*this, ask);
   turn->refuse_in_step("headroom");

@@ -161,13 +161,16 @@ Plan plan_ring(const Snapshot& snapshot, const Totals& totals, std::uint64_t wan
     ring = snapshot.ring_frames;
     idle = excess + ring;
   } else if (active > 0) {
-    // The ring takes room from residents, which adds to what is streamed: X = excess + ring(X).
-    // Three rounds settle it: ring(X) grows far slower than X and is capped at half of the room.
+    // Where nothing is spare the ring takes room from residents, which adds to what is streamed:
+    // X = excess + ring(X). Three rounds settle it: ring(X) grows far slower than X and is capped
+    // at half of the room.
+    const std::uint64_t spare = room - std::min(room, totals.full());
     const std::uint64_t left =
         snapshot.pool_frames - std::min<std::uint64_t>(snapshot.pool_frames, excess);
     for (int round = 0; round < 3; ++round) {
       ring = ring_for(snapshot, totals, active, room, left, ring_least);
-      active = std::min(totals.full_active, std::max(wanted, excess_active + ring));
+      const std::uint64_t taken = ring - std::min(ring, spare);
+      active = std::min(totals.full_active, std::max(wanted, excess_active + taken));
     }
     const std::uint64_t kept = totals.full() - idle - active;
     if (kept + ring > room) ring = std::max(ring_least, ring - std::min(ring, kept + ring - room));
@@ -227,9 +230,10 @@ class Fit final : public Policy {
   [[nodiscard]] Plan plan(const Snapshot& snapshot) const override {
     if (snapshot.pool_frames == 0) return Off().plan(snapshot);
     const Totals totals = totals_of(snapshot);
-    Plan plan = plan_streaming(snapshot, totals, 0);
+    const std::uint32_t wanted = std::min(snapshot.wanted_frames, snapshot.pool_frames);
+    Plan plan = plan_streaming(snapshot, totals, wanted);
     // From half full on, eviction is in sight: what is written by then is a discard later.
-    plan.write_behind = (totals.full() + totals.pinned) * 2 > snapshot.device_frames;
+    plan.write_behind = wanted > 0 || (totals.full() + totals.pinned) * 2 > snapshot.device_frames;
     return plan;
   }
   [[nodiscard]] std::string name() const override { return name_; }

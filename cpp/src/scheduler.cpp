@@ -199,6 +199,7 @@ Snapshot Scheduler::snapshot(std::uint32_t device_frames, std::uint32_t pool_fra
   result.growth_frames =
       static_cast<std::uint32_t>(batch_.size() * geometry_.layers / geometry_.block_tokens);
   result.ring_frames = plan_.ring_frames;
+  result.wanted_frames = wanted_frames_;
   result.whole_layers = shape_.whole_layers;
   result.streams = capabilities_.streams;
   result.branches = views;
@@ -277,13 +278,16 @@ void Scheduler::apply(const Plan& plan) {
   }
 }
 
-// A prefix that reaches beyond the held block takes one block more than the plan counts.
+// A prefix that reaches beyond the held block takes one block more than the plan counts. What is
+// not the same in every layer begins with another layer in each branch, so that no layer gets more
+// of them all.
 void Scheduler::set_streamed(Branch& branch, std::span<const std::uint32_t> layers,
                              std::uint32_t frames) {
   const auto count = static_cast<std::uint32_t>(layers.size());
   for (std::uint32_t i = 0; i < count; ++i) {
+    const auto turn = static_cast<std::uint32_t>((i + branch.id) % count);
     const std::uint32_t streamed =
-        branch.layers[layers[i]].gone + streamed_blocks(frames, i, count);
+        branch.layers[layers[i]].gone + streamed_blocks(frames, turn, count);
     set_streamed(branch, layers[i], streamed + (streamed > branch.held ? 1 : 0));
   }
 }

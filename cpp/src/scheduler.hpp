@@ -68,6 +68,9 @@ class Scheduler {
   [[nodiscard]] const State& state() const { return controller_.state(); }
   void set_objective(const Objective& objective) { controller_.set_objective(objective); }
 
+  // How many frames steps are wanted to stream from now on, though they may fit.
+  void set_wanted(std::uint32_t frames) { wanted_frames_ = frames; }
+
   // Between steps.
   [[nodiscard]] Headroom headroom() const;
 
@@ -307,6 +310,7 @@ class Scheduler {
   std::vector<FrameIndex> pool_frames_taken_;  // for what is about to be written
   std::uint32_t copy_frames_ = 1;              // the most frames one ticket moves
   std::uint32_t pool_frames_ = 0;              // the most that the pool may come to hold
+  std::uint32_t wanted_frames_ = 0;            // as set_wanted says
   std::uint64_t in_place_frames_ = 0;
 };
 

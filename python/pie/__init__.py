@@ -13,7 +13,9 @@ from pie._core import CapacityError, ConfigError, IoError, LogicError
 
 if TYPE_CHECKING:
     from pie import hf, ops
-    from pie.cache import Headroom, Stats, TieredKVCache
+    from pie.cache import Headroom, TieredKVCache
+    from pie.policy import Policy
+    from pie.stats import Stats
 
 __all__ = [
     "CapacityError",
@@ -21,16 +23,20 @@ __all__ = [
     "Headroom",
     "IoError",
     "LogicError",
+    "Policy",
     "Stats",
     "TieredKVCache",
     "hf",
     "ops",
 ]
 
+# Where names are that are loaded when they are first used.
+_HOME = {"Headroom": "cache", "Policy": "policy", "Stats": "stats", "TieredKVCache": "cache"}
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("Headroom", "Stats", "TieredKVCache"):
-        return getattr(importlib.import_module("pie.cache"), name)
+    if name in _HOME:
+        return getattr(importlib.import_module(f"pie.{_HOME[name]}"), name)
     if name in ("hf", "ops"):
         return importlib.import_module(f"pie.{name}")
     if name == "__version__":

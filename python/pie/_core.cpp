@@ -411,6 +411,30 @@ void bind_steps(nb::module_& module) {
              "A step over (sequence, new tokens) of a cache, which `with` opens.");
 }
 
+// How much is streamed, and what is known of it.
+void bind_seeing(nb::class_<Cache>& cache) {
+  cache
+      .def(
+          "set_streamed",
+          [](Cache& self, std::uint64_t bytes) {
+            self.enter([&](auto& tiered) { tiered.set_streamed(bytes); });
+          },
+          "bytes"_a, "What steps are to stream at least, though it may fit.")
+      .def(
+          "headroom",
+          [](Cache& self) {
+            const auto found = self.enter([](auto& tiered) { return tiered.headroom(); });
+            return std::tuple(found.tokens, found.tokens_most, found.slowdown_most);
+          },
+          "Tokens that can be admitted within the objective, at most, and at what slowdown.")
+      .def(
+          "stats",
+          [](Cache& self) {
+            return to_dict(self.enter([](auto& tiered) { return tiered.stats(); }));
+          },
+          nb::sig("def stats(self) -> dict[str, int | float | str]"), "Counters and gauges.");
+}
+
 void bind_cache(nb::module_& module) {
   nb::class_<Cache> cache(module, "Cache", "Native side of pie.TieredKVCache.");
   cache
@@ -454,24 +478,12 @@ void bind_cache(nb::module_& module) {
           },
           "sequence"_a, "Tokens that a sequence holds.")
       .def(
-          "headroom",
-          [](Cache& self) {
-            const auto found = self.enter([](auto& tiered) { return tiered.headroom(); });
-            return std::tuple(found.tokens, found.tokens_most, found.slowdown_most);
-          },
-          "Tokens that can be admitted within the objective, at most, and at what slowdown.")
-      .def(
-          "stats",
-          [](Cache& self) {
-            return to_dict(self.enter([](auto& tiered) { return tiered.stats(); }));
-          },
-          nb::sig("def stats(self) -> dict[str, int | float | str]"), "Counters and gauges.")
-      .def(
           "check", [](Cache& self) { self.enter([](auto& tiered) { tiered.check(); }); },
           "Raises LogicError naming the first invariant that does not hold.")
       .def(
           "close", [](Cache& self) { self.enter([](auto& tiered) { tiered.close(); }); },
           "Gives all memory back.");
+  bind_seeing(cache);
   bind_step(cache);
   bind_layers(cache);
   bind_steps(module);

@@ -74,6 +74,15 @@ class Cache:
     def length(self, sequence: int) -> int:
         """Tokens that a sequence holds."""
 
+    def check(self) -> None:
+        """Raises LogicError naming the first invariant that does not hold."""
+
+    def close(self) -> None:
+        """Gives all memory back."""
+
+    def set_streamed(self, bytes: int) -> None:
+        """What steps are to stream at least, though it may fit."""
+
     def headroom(self) -> tuple[int, int, float]:
         """
         Tokens that can be admitted within the objective, at most, and at what slowdown.
@@ -81,12 +90,6 @@ class Cache:
 
     def stats(self) -> dict[str, int | float | str]:
         """Counters and gauges."""
-
-    def check(self) -> None:
-        """Raises LogicError naming the first invariant that does not hold."""
-
-    def close(self) -> None:
-        """Gives all memory back."""
 
     def attend(self, layer: int, k: int, k_row: int, k_head: int, v: int, v_row: int, v_head: int, q: int, q_row: int, q_head: int, out: int, out_row: int, out_head: int, query_heads: int, scale: float, soft_cap: float, sinks: int, lse: int) -> None:
         """

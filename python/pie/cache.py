@@ -23,7 +23,9 @@ from pie.gpu.layer import Layer, Queries
 from pie.gpu.runtime import Runtime, runtime_for
 from pie.memory import available_memory
 from pie.ops import check_sinks, library
+from pie.policy import Policy, Told
 from pie.sizes import parse_size
+from pie.stats import Stats
 from pie.threads import lend_threads
 
 if TYPE_CHECKING:
@@ -72,16 +74,6 @@ def roomy_bytes(
     return 2 * kv_bytes(num_layers, num_kv_heads, head_dim, dtype, tokens) + _ROOM_BYTES
 
 
-class Stats(dict[str, Any]):
-    """Counters since construction, and gauges: keys are attributes too."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"stats() has no {name!r}") from None
-
-
 class Headroom(NamedTuple):
     """What can be admitted now, in tokens of sequences that will run beside those that do."""
 
@@ -104,7 +96,8 @@ class TieredKVCache:
         name, as in "tmpfs:/dev/shm".
     block_tokens: tokens per block, a multiple of 16; None chooses from device_bytes.
     policy: "adaptive" streams just what the budget cannot hold, and learns from the steps what more
-        would cost; "fit" streams the same, "fixed:F" the share F of all frames, "off" nothing.
+        would cost; "fit" streams the same, "fixed:F" the share F of all frames, "off" nothing. Or
+        an object that says before each step how much: see pie.Policy.
     objective: what `headroom()` keeps to. "transparent": a decode step takes at most `slack` (a
         share) more than it would with all its KV on the device. "throughput": most tokens a second.
     max_tpot_ms: milliseconds that a decode step may take by `headroom()`; None is no bound.
@@ -132,7 +125,7 @@ class TieredKVCache:
         pool_bytes: int | str | None = "auto",
         pool_dir: str | os.PathLike[str] | None = None,
         block_tokens: int | None = None,
-        policy: str = "adaptive",
+        policy: str | Policy = "adaptive",
         objective: str = "transparent",
         slack: float = 0.05,
         max_tpot_ms: float | None = None,
@@ -142,8 +135,7 @@ class TieredKVCache:
     ) -> None:
         runtime = runtime_for(device)
         directory = os.fsdecode(pool_dir) if pool_dir is not None else ""
-        if not isinstance(policy, str):
-            raise ConfigError(f"policy is {policy!r}: give 'adaptive' or another name as text.")
+        self._told = None if isinstance(policy, str) else Told(policy)
         if not isinstance(objective, str):
             raise ConfigError(f"objective is {objective!r}: give 'transparent' or 'throughput'.")
         if not isinstance(pool_io, str):
@@ -164,7 +156,7 @@ class TieredKVCache:
             device_bytes=parse_size(device_bytes, "device_bytes"),
             pool_bytes=_pool_bytes(pool_bytes, directory, runtime),
             pool_dir=directory,
-            policy=policy,
+            policy=policy if isinstance(policy, str) else "fit",
             windows=self._windows,
             driver="" if runtime is None else runtime.driver,
             pool_io=pool_io,
@@ -252,6 +244,8 @@ class TieredKVCache:
             )
         else:
             self._gpu.open()
+        if self._told is not None and self.open_step() == (0, 0):
+            self._told.apply(self._core, self.stats())
         self._reader = reader
         read_by: str = reader
         if self._gpu is not None:
@@ -479,7 +473,10 @@ class TieredKVCache:
 
     def stats(self) -> Stats:
         """Counters since construction, and gauges."""
-        return Stats(self._core.stats())
+        stats = Stats(self._core.stats())
+        if self._told is not None:
+            stats["policy"] = self._told.name
+        return stats
 
     def check(self) -> None:
         """Raises LogicError naming the first invariant that does not hold."""

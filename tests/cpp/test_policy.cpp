@@ -49,6 +49,35 @@ TEST(Policy, FitSetsIdleSequencesAsideFirst) {
   EXPECT_EQ(plan.ring_frames, 0U);
 }
 
+TEST(Policy, FitStreamsWhatIsWantedThoughAllFits) {
+  const std::vector<BranchView> branches{{4, 64, 1, true}, {4, 32, 1, true}};
+  Snapshot snapshot = make_snapshot(4, 4000, branches);
+  for (const std::uint32_t wanted : {1U, 100U, 384U, 1000U}) {
+    snapshot.wanted_frames = wanted;
+    const Plan plan = make_policy("adaptive")->plan(snapshot);
+    EXPECT_EQ(plan.streamed(), std::min(wanted, 384U));
+    EXPECT_GT(plan.ring_frames, 0U);
+    EXPECT_TRUE(plan.write_behind);
+  }
+  snapshot.device_frames = 200;
+  snapshot.wanted_frames = 1;
+  EXPECT_GT(make_policy("adaptive")->plan(snapshot).streamed(), 384U + 8 - 200) << "what must be";
+}
+
+// A ring that finds room takes none from residents, so that no more is streamed than is wanted.
+TEST(Policy, ARingThatIsLargerThanTheShareTakesWhatIsSpare) {
+  const std::vector<BranchView> branches{{3, 6, 1, true}, {3, 6, 1, true}};
+  Snapshot snapshot = make_snapshot(3, 1000, branches);
+  snapshot.copy_frames_best = 128;
+  const Plan plan = make_policy("fixed:0.25")->plan(snapshot);
+  EXPECT_EQ(plan.streamed(), 9U);
+  EXPECT_GT(plan.ring_frames, 36U);
+  snapshot.device_frames = 50;  // of 42, and a ring of 5 beside them
+  const Plan tight = make_policy("fixed:0.05")->plan(snapshot);
+  EXPECT_LE(device_frames_needed(snapshot, tight), 50U);
+  EXPECT_EQ(tight.streamed(), 2U);
+}
+
 TEST(Policy, FixedStreamsItsShareEvenWhereAllFits) {
   const std::vector<BranchView> branches{{4, 64, 1, true}, {4, 32, 0, true}};
   for (const auto& [name, share] : {std::pair{"fixed:0.25", 0.25}, std::pair{"fixed:1", 1.0}}) {

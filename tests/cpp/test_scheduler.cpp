@@ -568,14 +568,13 @@ double slowdown(double share, double load) {
   options.streams = true;
   options.carry_bytes = false;
   options.load.bytes_per_s = options.write.bytes_per_s = 55e9;
-  const double layer_bytes = share * sequences * 16 * static_cast<double>(options.frame_bytes);
-  const auto layer_ns = static_cast<Nanos>(layer_bytes / 55 / load);
   auto owned = open_sim(options);
   SimBackend& sim = *owned;
   Cache cache(geometry, "fixed:" + std::to_string(share), std::move(owned));
   cache.set_stream({1});
-  PacedKernel kernel(sim, layer_ns);
+  Nanos layer_ns = 1'000'000;
   const auto step = [&](std::span<const StepEntry> batch) {
+    PacedKernel kernel(sim, layer_ns);
     cache.begin(batch, Reader::kernel);
     for (std::uint32_t layer = 0; layer < layers; ++layer) cache.run(layer, kernel);
     cache.finish();
@@ -588,6 +587,13 @@ double slowdown(double share, double load) {
     batch.push_back({prompt.sequence, 1});
   }
   for (int i = 0; i < 4; ++i) step(batch);
+  const Bytes before = cache.stats().streamed_bytes;
+  step(batch);
+  const auto streamed = static_cast<double>(cache.stats().streamed_bytes - before);
+  const auto frame_bytes = static_cast<double>(options.frame_bytes);
+  EXPECT_NEAR(streamed, share * sequences * 16 * layers * frame_bytes, 0.15 * streamed);
+  layer_ns = static_cast<Nanos>(streamed / layers / 55 / load);
+  for (int i = 0; i < 2; ++i) step(batch);
   sim.synchronize({1});
   const Nanos began = sim.now();
   for (int i = 0; i < 10; ++i) step(batch);

@@ -21,7 +21,9 @@ LAYERS = [
     {"backends", "parallel", "attention"},
     {"frame_pool", "layer_kernel", "options", "tables"},
     {"block_map"},
-    {"policy", "adapting", "transfers"},
+    {"policy", "adapting"},
+    {"trace"},
+    {"transfers"},
     {"ring", "controller"},
     {"scheduler"},
     {"room", "sequences", "budgets", "built_in_kernels", "resolve"},
@@ -33,7 +35,8 @@ SEAM = {"types", "error", "process", "backend", "backends", "parallel", "attenti
 SEAM |= {"ledger", "plugin"}
 
 # The same for the modules of the package.
-PARTS = ["_core", "sizes", "memory", "threads", "gpu", "ops", "cache", "info", "hf", "cli"]
+PARTS = ["_core", "sizes", "memory", "threads", "gpu", "ops", "stats", "policy", "cache", "info"]
+PARTS += ["hf", "cli"]
 
 
 def files(*patterns: str) -> list[Path]:

@@ -195,6 +195,10 @@ class Cache {
   // What `headroom` goes by from now on; what runs is not touched.
   void set_objective(const Objective& objective);
 
+  // How much steps are to stream from now on, though it may fit on the device: by policy "adaptive"
+  // or "fit" at least this much of what they read. They stream what does not fit in any case.
+  void set_streamed(Bytes bytes);
+
   // What can be admitted now without more slowdown than the objective allows, by what decode steps
   // have cost so far. Between steps.
   [[nodiscard]] Headroom headroom() const;

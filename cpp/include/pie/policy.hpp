@@ -37,6 +37,7 @@ struct Snapshot {
   std::uint32_t copy_frames_best = 1;  // copies of this many frames reach the link's rate
   std::uint32_t growth_frames = 0;     // that a step of a token a sequence fills on average
   std::uint32_t ring_frames = 0;       // of the plan in force
+  std::uint32_t wanted_frames = 0;     // that somebody wants streamed, though they may fit
   bool whole_layers = false;           // all blocks of a layer are to be on the device at once
   bool streams = false;                // compute runs on a stream
   std::span<const BranchView> branches;
@@ -76,7 +77,8 @@ class Policy {
 };
 
 // "off": nothing is streamed. "adaptive", "fit": just what the budget cannot hold, at the lowest
-// price for what runs. "fixed:F": the share F of the full frames, more where the budget demands.
+// price for what runs, or what is wanted where that is more. "fixed:F": the share F of the full
+// frames, more where the budget demands.
 // Throws ConfigError for anything else.
 [[nodiscard]] std::unique_ptr<Policy> make_policy(const std::string& name);
 

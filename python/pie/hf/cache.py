@@ -26,8 +26,10 @@ import torch
 from transformers import Cache, PreTrainedConfig
 
 from pie._core import ConfigError, LogicError
-from pie.cache import Stats, TieredKVCache, torch_dtype
+from pie.cache import TieredKVCache, torch_dtype
 from pie.hf.attention import PendingKV, TieredLength
+from pie.policy import Policy
+from pie.stats import Stats
 
 
 def geometry(config: PreTrainedConfig) -> tuple[int, int, int]:
@@ -131,7 +133,7 @@ class TieredCache(Cache):
         pool_bytes: int | str | None = "auto",
         pool_dir: str | os.PathLike[str] | None = None,
         block_tokens: int | None = None,
-        policy: str = "adaptive",
+        policy: str | Policy = "adaptive",
         objective: str = "transparent",
         slack: float = 0.05,
         max_tpot_ms: float | None = None,
