@@ -27,6 +27,7 @@ pie_test(scheduler)
 pie_test(sharing)
 pie_test(sim)
 pie_test(swarm)
+pie_test(trace)
 pie_test(trajectory)
 
 # The CUDA backend, over a double of the driver.

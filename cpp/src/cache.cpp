@@ -768,6 +768,26 @@ void Cache::set_streamed(Bytes bytes) {
   });
 }
 
+void Cache::start_trace(std::size_t events_most) {
+  if (events_most == 0 || events_most > 10'000'000) {
+    throw ConfigError("A trace of " + std::to_string(events_most) +
+                      " events was asked for: give from 1 to 10,000,000.");
+  }
+  change([&](const Turn& turn) {
+    turn->refuse_in_step("start_trace");
+    turn->scheduler_.start_trace(events_most);
+  });
+}
+
+Trace Cache::take_trace() {
+  return change([](const Turn& turn) {
+    turn->refuse_in_step("take_trace");
+    Trace trace = turn->scheduler_.take_trace();
+    trace.frame_bytes = turn->capabilities_.frame_stride;
+    return trace;
+  });
+}
+
 Headroom Cache::headroom() const {
   const Turn turn(*this, ask);
   turn->refuse_in_step("headroom");

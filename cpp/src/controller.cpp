@@ -60,32 +60,57 @@ bool Controller::has_come(Moment& moment) {
   return moment.known;
 }
 
-void Controller::begin(bool decode, const Snapshot& snapshot) {
+bool Controller::has_come(Step& step) {
+  bool all = has_come(step.began) && has_come(step.ended);
+  for (Layer& layer : step.layers) all = all && has_come(layer.began) && has_come(layer.attended);
+  return all;
+}
+
+void Controller::begin(bool decode, std::uint32_t rows, const Snapshot& snapshot) {
   abort();
-  if (!measures_) return;
+  EventLog& log = transfers_.log();
+  if (!measures_ && !log.on()) return;
   learn();
   demand_ = demand_of(snapshot);
   if (ended_.size() >= steps_kept) return;
-  open_ = {decode, moment(), {}, demand_.active_frames, 0};
+  open_ = {decode, rows, moment(), {}, demand_.active_frames, 0};
+  if (log.on()) log.next_step();
+  open_.number = log.step();
   is_open_ = true;
 }
 
-void Controller::finish() {
+void Controller::begin_layer(std::uint32_t layer, std::uint64_t frames, std::uint64_t streamed) {
+  if (is_open_) open_.layers.push_back({layer, frames, streamed, moment()});
+}
+
+void Controller::end_attention() {
+  if (is_open_) open_.layers.back().attended = moment();
+}
+
+void Controller::finish(std::uint64_t resident_frames, std::uint64_t ring_frames) {
   const std::uint64_t told = std::exchange(loaded_told_, transfers_.loaded_frames());
   if (!is_open_) return;
   open_.ended = moment();
   open_.loaded_frames = loaded_told_ - told;
-  ended_.push_back(open_);
+  open_.resident_frames = resident_frames;
+  open_.ring_frames = ring_frames;
+  ended_.push_back(std::move(open_));
   is_open_ = false;
 }
 
 void Controller::abort() {
-  if (is_open_) transfers_.drop_mark(open_.began.fence);
+  if (is_open_) {
+    transfers_.drop_mark(open_.began.fence);
+    for (const Layer& layer : open_.layers) {
+      transfers_.drop_mark(layer.began.fence);
+      transfers_.drop_mark(layer.attended.fence);
+    }
+  }
   is_open_ = false;
 }
 
 void Controller::learn() {
-  while (!ended_.empty() && has_come(ended_.front().began) && has_come(ended_.front().ended)) {
+  while (!ended_.empty() && has_come(ended_.front())) {
     report(ended_.front());
     ended_.erase(ended_.begin());
   }
@@ -101,11 +126,62 @@ void Controller::report(const Step& step) {
   report.loads = since(loads_told_, transfers_.loads());
   report.writes = since(writes_told_, transfers_.writes());
   stall_told_ns_ = stall;
-  if (!step.decode) return;
-  state_ = observe(state_, report);
-  const Budget budget = decide(demand_, state_, objective_);
-  state_.moves += budget.frames != state_.budget.frames ? 1 : 0;
-  state_.budget = budget;
+  if (step.decode && measures_) {
+    state_ = observe(state_, report);
+    const Budget budget = decide(demand_, state_, objective_);
+    state_.moves += budget.frames != state_.budget.frames ? 1 : 0;
+    state_.budget = budget;
+  }
+  if (step.number > 0 && transfers_.log().on()) record(step, report);
+}
+
+void Controller::add_stall(Nanos began_ns) {
+  const Nanos now = backend_.now();
+  waited_ns_ += now - began_ns;
+  EventLog& log = transfers_.log();
+  if (log.on() && now > began_ns) log.add({EventKind::stall, log.step(), 0, began_ns, now});
+}
+
+// ---- trace --------------------------------------------------------------------------------------
+
+void Controller::record(const Step& step, const StepReport& report) {
+  EventLog& log = transfers_.log();
+  for (std::size_t i = 0; i < step.layers.size(); ++i) {
+    const Layer& layer = step.layers[i];
+    const bool last = i + 1 == step.layers.size();
+    const Nanos ended = (last ? step.ended : step.layers[i + 1].began).at_ns;
+    const Nanos began = layer.began.at_ns;
+    log.add(Event{EventKind::layer, step.number, layer.layer, began, ended, layer.frames,
+                  layer.streamed});
+    log.add(Event{EventKind::attention, step.number, layer.layer, began, layer.attended.at_ns,
+                  layer.frames, layer.streamed});
+  }
+  StepEvent event;
+  event.step = step.number;
+  event.decode = step.decode;
+  event.rows = step.rows;
+  event.began_ns = step.began.at_ns;
+  event.ended_ns = step.ended.at_ns;
+  event.stall_ns = report.stall_ns;
+  event.loads = report.loads;
+  event.writes = report.writes;
+  event.kv_frames = step.kv_frames;
+  event.resident_frames = step.resident_frames;
+  event.ring_frames = step.ring_frames;
+  event.budget = state_.budget;
+  event.slowdown = state_.slowdown;
+  log.add(event);
+}
+
+void Controller::start_trace(std::size_t events_most) {
+  learn();
+  transfers_.log().start(events_most);
+  for (Step& step : ended_) step.number = 0;
+}
+
+Trace Controller::take_trace() {
+  learn();
+  return transfers_.log().stop();
 }
 
 // ---- room ---------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 // Measures decode steps, learns from them, and says how much may be streamed.
 //
+// It also records them, and their layers, where a trace is kept.
+//
 // A step begins and ends where the compute is: by fences on a stream, whose times come to be known
 // a while later, else by the clock. Steps are reported in their order.
 #pragma once
@@ -21,14 +23,23 @@ class Controller {
 
   void set_objective(const Objective& objective) { objective_ = objective; }
 
-  // What is stalled by waiting on the calling thread; what streams wait is known to the transfers.
-  void add_stall(Nanos stall_ns) { waited_ns_ += stall_ns; }
+  // That the calling thread has waited since then; what streams wait is known to the transfers.
+  void add_stall(Nanos began_ns);
   [[nodiscard]] Nanos stall_ns() const { return waited_ns_ + transfers_.stall_ns(); }
 
   // Around each step that is not aborted, in which every sequence gains one token or not.
-  void begin(bool decode, const Snapshot& snapshot);
-  void finish();
+  void begin(bool decode, std::uint32_t rows, const Snapshot& snapshot);
+  void finish(std::uint64_t resident_frames, std::uint64_t ring_frames);
   void abort();
+
+  // Around a layer's attention, while a trace is kept: what it reads, and of that in the pool.
+  void begin_layer(std::uint32_t layer, std::uint64_t frames, std::uint64_t streamed);
+  void end_attention();
+
+  // Between steps. Steps whose end is not known yet, since nobody has waited for the stream, are
+  // left out.
+  void start_trace(std::size_t events_most);
+  [[nodiscard]] Trace take_trace();
 
   [[nodiscard]] const State& state() const { return state_; }
 
@@ -42,18 +53,32 @@ class Controller {
     bool known = false;
     Nanos at_ns = 0;
   };
+  struct Layer {
+    std::uint32_t layer = 0;
+    std::uint64_t frames = 0;
+    std::uint64_t streamed = 0;
+    Moment began;
+    Moment attended = {};
+  };
   struct Step {
     bool decode = false;
+    std::uint32_t rows = 0;
     Moment began;
     Moment ended;
     std::uint64_t kv_frames = 0;
     std::uint64_t loaded_frames = 0;
+    std::uint64_t number = 0;  // as traced; 0: it is not
+    std::uint64_t resident_frames = 0;
+    std::uint64_t ring_frames = 0;
+    std::vector<Layer> layers = {};  // while a trace is kept
   };
 
   [[nodiscard]] Moment moment();
   [[nodiscard]] bool has_come(Moment& moment);
+  [[nodiscard]] bool has_come(Step& step);
   void learn();
   void report(const Step& step);
+  void record(const Step& step, const StepReport& report);
 
   Backend& backend_;
   Transfers& transfers_;

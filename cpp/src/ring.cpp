@@ -155,7 +155,7 @@ Ticket Ring::start(std::uint32_t into, std::vector<Load> loads) {
     }
   }
   flights_.reserve(flights_.size() + 1);  // from here on nothing is forgotten
-  const Ticket ticket = transfers_.fetch(copies_, deps_);
+  const Ticket ticket = transfers_.fetch(copies_, deps_, loads.front().layer);
   for (const Load& load : loads) segments_[load.segment].fresh = false;
   flights_.push_back({ticket, into, false, false, std::move(loads)});
   return ticket;

@@ -63,8 +63,10 @@ void Scheduler::begin(std::span<const Growth> batch, const StepShape& shape) {
   const std::uint32_t capacity = map_.device().capacity();
   std::vector<BranchView> views;
   const Snapshot now = snapshot(capacity - std::min(capacity, set_aside), pool_frames_, views);
+  std::uint32_t rows = 0;
+  for (const Growth& growth : batch_) rows += growth.new_tokens;
   const auto is_decode = [](const Growth& growth) { return growth.new_tokens == 1; };
-  controller_.begin(std::ranges::all_of(batch_, is_decode), now);
+  controller_.begin(std::ranges::all_of(batch_, is_decode), rows, now);
   Plan plan = policy_->plan(now);
   require(is_plan_for(now, plan), "step: the policy's plan is not one for the step's snapshot.");
   admit(now, plan, set_aside);
@@ -505,6 +507,7 @@ void Scheduler::run_layer(std::uint32_t layer, LayerKernel& kernel) {
   running_ = true;
   land();
   raise_errors();
+  if (transfers_.log().on()) trace_layer();
   cursor_ = std::max(cursor_, {layer_, 0, 0});
   pump();
   if (legs_.back().wave == 0) append_wave(kernel);
@@ -513,7 +516,29 @@ void Scheduler::run_layer(std::uint32_t layer, LayerKernel& kernel) {
   } else {
     read_layer(kernel);
   }
+  if (transfers_.log().on()) controller_.end_attention();
   if (!shape_.whole_layers) end_layer();
+}
+
+void Scheduler::trace_layer() {
+  std::uint64_t frames = 0;
+  std::uint64_t streamed = 0;
+  for (const Leg& leg : legs_) {
+    const LayerBlocks& layer = leg.branch->layers[layer_];
+    frames += layer.size() - layer.gone;
+    streamed += layer.away;
+  }
+  controller_.begin_layer(layer_, frames, streamed);
+}
+
+void Scheduler::start_trace(std::size_t events_most) {
+  land();
+  controller_.start_trace(events_most);
+}
+
+Trace Scheduler::take_trace() {
+  land();
+  return controller_.take_trace();
 }
 
 // Whether all that the layer reads lies on the device, so that one call can read it.
@@ -933,7 +958,7 @@ void Scheduler::finish() {
   end_layer();
   land();
   raise_errors();
-  controller_.finish();
+  controller_.finish(map_.device().used(), plan_.ring_frames);
   const std::uint32_t size = geometry_.block_tokens;
   for (const Growth& growth : batch_) {
     Branch& branch = *growth.branch;
@@ -1023,7 +1048,7 @@ void Scheduler::land() {
 void Scheduler::wait() {
   const Nanos began = backend_.now();
   transfers_.wait();
-  controller_.add_stall(backend_.now() - began);
+  controller_.add_stall(began);
   land();
 }
 

@@ -74,6 +74,10 @@ class Scheduler {
   // Between steps.
   [[nodiscard]] Headroom headroom() const;
 
+  // Between steps: see Cache.
+  void start_trace(std::size_t events_most);
+  [[nodiscard]] Trace take_trace();
+
   // Frames of the pool that were read where they lie, each as often as it was.
   [[nodiscard]] std::uint64_t in_place_frames() const { return in_place_frames_; }
 
@@ -202,6 +206,7 @@ class Scheduler {
   void load_now(const BlockKey& key);
 
   void plan_legs();
+  void trace_layer();
   [[nodiscard]] bool is_present() const;
   void attend_present(LayerKernel& kernel);
   void start_visits();

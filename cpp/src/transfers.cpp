@@ -169,7 +169,11 @@ void Transfers::pass(const Completion& completion) {
     if (fence ? halt.before != completion.fence : halt.ticket != completion.ticket) return false;
     (fence ? halt.began_ns : halt.ended_ns) = completion.ended;
     if (!halt.began_ns || !halt.ended_ns) return false;
-    stall_ns_ += std::max<Nanos>(0, *halt.ended_ns - *halt.began_ns);
+    const Nanos stall_ns = std::max<Nanos>(0, *halt.ended_ns - *halt.began_ns);
+    stall_ns_ += stall_ns;
+    if (log_.on() && stall_ns > 0) {
+      log_.add({EventKind::stall, log_.step(), 0, *halt.began_ns, *halt.ended_ns});
+    }
     return true;
   });
 }
@@ -230,7 +234,8 @@ void Transfers::submit(std::span<const Transfer> group) {
 }
 
 // Where nothing is being written, no copy in the pool is one to wait for.
-Ticket Transfers::fetch(std::span<const Copy> copies, std::vector<Dep>& after) {
+Ticket Transfers::fetch(std::span<const Copy> copies, std::vector<Dep>& after,
+                        std::uint32_t layer) {
   for (std::size_t i = 0; streams_ && !in_flight_.empty() && i < copies.size(); ++i) {
     for (std::uint32_t j = 0; j < copies[i].count; ++j) {
       add_pool_guards(copies[i].from.first + j, after);
@@ -240,7 +245,7 @@ Ticket Transfers::fetch(std::span<const Copy> copies, std::vector<Dep>& after) {
   for (const Copy& copy : copies) frames += copy.count;
   fetching_.reserve(fetching_.size() + 1);
   const Ticket ticket = backend_.submit(copies, after);
-  fetching_.push_back({ticket, frames});
+  fetching_.push_back({ticket, frames, layer});
   if (streams_) loaded_frames_ += frames;
   return ticket;
 }
@@ -370,6 +375,13 @@ std::string Transfers::take_error(Branch& branch) {
   return std::exchange(branch.error, std::string());
 }
 
+void Transfers::record(const Completion& completion, std::uint32_t frames, std::uint32_t layer) {
+  if (!log_.on() || completion.status != Status::ok) return;
+  const bool load = completion.ticket.lane == Lane::pool_to_device;
+  log_.add({load ? EventKind::load : EventKind::write, log_.step(), layer, completion.began,
+            completion.ended, frames});
+}
+
 void Transfers::end(const Completion& completion) {
   if (!halts_.empty() || !marks_.empty()) pass(completion);
   if (completion.ticket.id == 0) return;
@@ -381,6 +393,7 @@ void Transfers::end(const Completion& completion) {
   const auto fetch = std::ranges::find(fetching_, completion.ticket, &Fetch::ticket);
   if (fetch != fetching_.end()) {
     count(completion, fetch->frames, loads_);
+    record(completion, fetch->frames, fetch->layer);
     if (!streams_ && completion.status == Status::ok) loaded_frames_ += fetch->frames;
     fetching_.erase(fetch);
     fetched_.push_back(completion);
@@ -393,6 +406,7 @@ void Transfers::end(const Completion& completion) {
   const bool load = transfer.lane == Lane::pool_to_device;
   loads_in_flight_ -= load ? 1 : 0;
   count(completion, transfer.frames, load ? loads_ : writes_);
+  record(completion, transfer.frames, transfer.layer);
   if (streams_) return;
   --transfer.branch->in_flight;
   if (completion.status != Status::ok && transfer.tries < tries_max) {

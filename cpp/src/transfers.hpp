@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "block_map.hpp"
+#include "event_log.hpp"
 #include "pie/backend.hpp"
 
 namespace pie {
@@ -66,8 +67,9 @@ class Transfers {
   void drop_writes();
 
   // Copies from the pool into frames that no block owns, `after` what is told and the writes of
-  // what is copied. Its end is told by `fetched`.
-  [[nodiscard]] Ticket fetch(std::span<const Copy> copies, std::vector<Dep>& after);
+  // what is copied. Its end is told by `fetched`. `layer` is that of the first.
+  [[nodiscard]] Ticket fetch(std::span<const Copy> copies, std::vector<Dep>& after,
+                             std::uint32_t layer);
   [[nodiscard]] std::vector<Completion>& fetched() { return fetched_; }
 
   // What blocks are filled by: what is copied out of them waits for what that was given so far.
@@ -87,6 +89,9 @@ class Transfers {
   [[nodiscard]] Fence mark();
   [[nodiscard]] std::optional<Nanos> take_mark(Fence fence);
   void drop_mark(Fence fence);
+
+  // Where copies and what streams wait are recorded, if anybody wants that.
+  [[nodiscard]] EventLog& log() { return log_; }
 
   // To the device, and to the pool.
   [[nodiscard]] const Traffic& loads() const { return loads_; }
@@ -169,6 +174,7 @@ class Transfers {
   struct Fetch {
     Ticket ticket;
     std::uint32_t frames = 0;
+    std::uint32_t layer = 0;
   };
 
   [[nodiscard]] bool under_way(Ticket ticket) const;
@@ -182,6 +188,7 @@ class Transfers {
   void submit(std::span<const Transfer> group);
   void submit_held();
   void end(const Completion& completion);
+  void record(const Completion& completion, std::uint32_t frames, std::uint32_t layer);
   void pass(const Completion& completion);
   void commit(const Transfer& transfer);
   void put_back(const Transfer& transfer);
@@ -207,6 +214,7 @@ class Transfers {
   Traffic loads_;
   Traffic writes_;
   Nanos stall_ns_ = 0;
+  EventLog log_;
   std::string lost_;
   std::uint32_t loads_in_flight_ = 0;  // tickets
   std::uint64_t loaded_frames_ = 0;

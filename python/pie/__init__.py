@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from pie._core import CapacityError, ConfigError, IoError, LogicError
 
 if TYPE_CHECKING:
-    from pie import hf, ops
+    from pie import hf, ops, report
     from pie.cache import Headroom, TieredKVCache
     from pie.policy import Policy
     from pie.stats import Stats
+    from pie.trace import Trace
 
 __all__ = [
     "CapacityError",
@@ -26,18 +27,26 @@ __all__ = [
     "Policy",
     "Stats",
     "TieredKVCache",
+    "Trace",
     "hf",
     "ops",
+    "report",
 ]
 
 # Where names are that are loaded when they are first used.
-_HOME = {"Headroom": "cache", "Policy": "policy", "Stats": "stats", "TieredKVCache": "cache"}
+_HOME = {
+    "Headroom": "cache",
+    "Policy": "policy",
+    "Stats": "stats",
+    "TieredKVCache": "cache",
+    "Trace": "trace",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f"pie.{_HOME[name]}"), name)
-    if name in ("hf", "ops"):
+    if name in ("hf", "ops", "report"):
         return importlib.import_module(f"pie.{name}")
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("pie-core")

@@ -411,6 +411,29 @@ void bind_steps(nb::module_& module) {
              "A step over (sequence, new tokens) of a cache, which `with` opens.");
 }
 
+nb::tuple to_tuple(const pie::Event& event, std::uint64_t frame_bytes) {
+  return nb::make_tuple(std::string(name_of(event.kind)), event.step, event.layer, event.began_ns,
+                        event.ended_ns, event.frames * frame_bytes, event.streamed * frame_bytes);
+}
+
+nb::tuple to_tuple(const pie::StepEvent& step, std::uint64_t frame_bytes) {
+  return nb::make_tuple(step.step, step.decode, step.rows, step.began_ns, step.ended_ns,
+                        step.stall_ns, step.loads.frames * frame_bytes, step.loads.busy_ns,
+                        step.writes.frames * frame_bytes, step.writes.busy_ns,
+                        step.kv_frames * frame_bytes, step.resident_frames * frame_bytes,
+                        step.ring_frames * frame_bytes, step.budget.frames * frame_bytes,
+                        std::string(name_of(step.budget.reason)), step.slowdown);
+}
+
+nb::tuple take_trace(Cache& self) {
+  const pie::Trace trace = self.enter([](auto& tiered) { return tiered.take_trace(); });
+  nb::list steps;
+  nb::list events;
+  for (const pie::StepEvent& step : trace.steps) steps.append(to_tuple(step, trace.frame_bytes));
+  for (const pie::Event& event : trace.events) events.append(to_tuple(event, trace.frame_bytes));
+  return nb::make_tuple(steps, events, trace.dropped);
+}
+
 // How much is streamed, and what is known of it.
 void bind_seeing(nb::class_<Cache>& cache) {
   cache
@@ -420,6 +443,15 @@ void bind_seeing(nb::class_<Cache>& cache) {
             self.enter([&](auto& tiered) { tiered.set_streamed(bytes); });
           },
           "bytes"_a, "What steps are to stream at least, though it may fit.")
+      .def(
+          "start_trace",
+          [](Cache& self, std::uint64_t events) {
+            self.enter([&](auto& tiered) { tiered.start_trace(events); });
+          },
+          "events"_a, "Records the last so many steps, and events, from now on.")
+      .def("take_trace", &take_trace,
+           nb::sig("def take_trace(self) -> tuple[list[typing.Any], list[typing.Any], int]"),
+           "What was recorded: steps, events, and how many of both were dropped.")
       .def(
           "headroom",
           [](Cache& self) {

@@ -83,6 +83,12 @@ class Cache:
     def set_streamed(self, bytes: int) -> None:
         """What steps are to stream at least, though it may fit."""
 
+    def start_trace(self, events: int) -> None:
+        """Records the last so many steps, and events, from now on."""
+
+    def take_trace(self) -> tuple[list[Any], list[Any], int]:
+        """What was recorded: steps, events, and how many of both were dropped."""
+
     def headroom(self) -> tuple[int, int, float]:
         """
         Tokens that can be admitted within the objective, at most, and at what slowdown.

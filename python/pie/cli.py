@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pie import _core, info, memory
+from pie import _core, info, memory, report
 from pie._core import ConfigError, LogicError
 from pie.sizes import format_size, parse_size
+from pie.trace import Trace
 
 _EPILOG = """\
 Sizes are numbers of bytes, or text such as 512MiB, 1.5GB or 4G. The prompt is taken as it is:
@@ -101,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     make.add_argument("--top-p", type=float, default=1.0)
     make.add_argument("--seed", type=int, default=0)
+    make.add_argument("--trace", metavar="FILE", help="write what happened when, for Perfetto")
+    make.add_argument("--report", metavar="FILE", help="draw the same as a page of HTML")
     make.add_argument("--json", action="store_true", help="print one JSON object at the end")
     return parser
 
@@ -119,6 +122,7 @@ def _generate(options: argparse.Namespace) -> int:
     if options.pool_dir is not None:
         _core.try_pool(options.pool_dir)
     prompt = _prompt(options)
+    _try_outputs(options)
     os.environ.setdefault("TQDM_DISABLE", "1")  # the loaders' bars; must be set before the import
     try:
         from pie.cache import dtype_name
@@ -139,7 +143,35 @@ def _generate(options: argparse.Namespace) -> int:
         stream = generation.stream(
             model, tokens, cache, options.max_new_tokens, sampling, run.on_prompt
         )
-        return run.consume(stream)
+        if options.trace or options.report:
+            cache.kv.start_trace()
+        code = run.consume(stream)
+        if options.trace or options.report:
+            _write_trace(options, cache.kv.take_trace())
+        return code
+
+
+def _try_outputs(options: argparse.Namespace) -> None:
+    """Refuses, before anything takes long, files that cannot be written at the end."""
+    for name in ("trace", "report"):
+        path = getattr(options, name)
+        if path is None:
+            continue
+        try:
+            Path(path).open("a").close()
+        except OSError as error:
+            raise ConfigError(
+                f"--{name} {path} cannot be written: {error.strerror or error}."
+            ) from error
+    if options.report is not None:
+        report.require_matplotlib()
+
+
+def _write_trace(options: argparse.Namespace, trace: Trace) -> None:
+    if options.trace is not None:
+        trace.save(options.trace)
+    if options.report is not None and trace.steps:
+        report.write(trace, options.report, f"{Path(options.model).name}, {options.device}")
 
 
 def _check_context(config: Any, prompt_tokens: int, new_tokens: int) -> None:

@@ -120,6 +120,24 @@ def test_budget_below_the_need(command: Command, tmp_path: Path, policy: list[st
     assert 0 <= stats["stall_fraction"] <= 1
 
 
+def test_what_happened_is_written(command: Command, tmp_path: Path) -> None:
+    trace, page = tmp_path / "trace.json", tmp_path / "report.html"
+    options = ["--kv-device", "256KiB", "--kv-pool", "16MiB", "--pool-dir", str(tmp_path)]
+    options += ["--trace", str(trace), "--report", str(page)]
+    result = command.json("--prompt", PROMPT, "--max-new-tokens", "9", *options)
+    assert result["token_ids"] == greedy(command.folder, PROMPT, 9)
+    records = json.loads(trace.read_text())["traceEvents"]
+    assert sum(record.get("cat") == "step" for record in records) == result["stats"]["steps"]
+    assert page.read_text().count("<svg") == 4
+
+
+@pytest.mark.parametrize("option", ["--trace", "--report"])
+def test_what_cannot_be_written_is_refused_before(command: Command, option: str) -> None:
+    code, out, err = command("--prompt", "w7", option, "/nowhere/at/all")
+    assert (code, out) == (2, "")
+    assert err == f"pie: {option} /nowhere/at/all cannot be written: No such file or directory.\n"
+
+
 def test_sampling_is_seeded(command: Command) -> None:
     options = ["--prompt", "w7 w8", "--max-new-tokens", "30", "--temperature", "1.5"]
     first, again, other = (command.json(*options, "--seed", seed) for seed in "112")

@@ -23,6 +23,7 @@ LAYERS = [
     {"block_map"},
     {"policy", "adapting"},
     {"trace"},
+    {"event_log"},
     {"transfers"},
     {"ring", "controller"},
     {"scheduler"},
@@ -35,8 +36,8 @@ SEAM = {"types", "error", "process", "backend", "backends", "parallel", "attenti
 SEAM |= {"ledger", "plugin"}
 
 # The same for the modules of the package.
-PARTS = ["_core", "sizes", "memory", "threads", "gpu", "ops", "stats", "policy", "cache", "info"]
-PARTS += ["hf", "cli"]
+PARTS = ["_core", "sizes", "memory", "threads", "gpu", "ops", "stats", "trace", "policy"]
+PARTS += ["cache", "info", "report", "hf", "cli"]
 
 
 def files(*patterns: str) -> list[Path]:

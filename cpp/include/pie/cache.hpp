@@ -17,6 +17,7 @@
 #include "pie/layer_kernel.hpp"
 #include "pie/options.hpp"
 #include "pie/policy.hpp"
+#include "pie/trace.hpp"
 #include "pie/types.hpp"
 
 namespace pie {
@@ -204,6 +205,13 @@ class Cache {
   [[nodiscard]] Headroom headroom() const;
 
   [[nodiscard]] Stats stats() const;
+
+  // Records steps, layers, stalls and copies from now on, the last `events_most` of them, in memory
+  // that is set aside at once; on a stream two more timed fences a layer. Throws ConfigError for 0
+  // or more than 10,000,000. Between steps, as is the end of it.
+  void start_trace(std::size_t events_most);
+  // What was recorded, and no more is. On a stream what it has not come to yet is left out.
+  [[nodiscard]] Trace take_trace();
 
   // Throws LogicError naming the first invariant that does not hold.
   void check() const;
