@@ -22,9 +22,11 @@ constexpr double stray_share = 0.1;  // this far from what was predicted, and
 constexpr double stray_sigmas = 4;   // this many deviations, is another phase
 constexpr std::uint32_t strays_most = 3;
 
-constexpr double link_memory = 0.8;    // of what was measured before, a step
-constexpr double stall_counts = 0.01;  // share of a step from which on a stall says something
-constexpr double work_counts = 0.7;    // and share that the link must have been at work
+constexpr double link_memory = 0.8;     // of what was measured before, a step
+constexpr double stall_counts = 0.01;   // share of a step from which on a stall says something
+constexpr double work_counts = 0.7;     // and share that the link must have been at work
+constexpr double link_trust = 0.98;     // a step, where nothing says that it is slower,
+constexpr double link_unproven = 0.45;  // until a budget is about twice what is streamed
 constexpr double usable_pace = 0.25;
 constexpr double margin_pace = 0.5;     // of what a step is beyond the margin
 constexpr double margin_kept = 0.99;    // a step
@@ -133,10 +135,23 @@ double slowdown(const State& state, double kv_frames, double loaded_frames) {
 
 namespace {
 
+// Whether what is timed stands for all: where copies are timed as they are waited for, the few that
+// are waited for are the slow ones.
+bool is_timed(const LinkUse& use) { return use.timed_ns > 0 && 2 * use.timed_frames > use.frames; }
+
+// What is timed is followed; what is not takes no longer than it seems to.
 void follow(const LinkUse& use, double& frame_ns) {
-  if (use.frames == 0 || use.busy_ns <= 0) return;
-  const double measured = static_cast<double>(use.busy_ns) / as_double(use.frames);
-  frame_ns = frame_ns == 0 ? measured : link_memory * frame_ns + (1 - link_memory) * measured;
+  const bool timed = is_timed(use);
+  if (!timed && (use.frames == 0 || use.busy_ns <= 0)) return;
+  const double measured = timed ? static_cast<double>(use.timed_ns) / as_double(use.timed_frames)
+                                : static_cast<double>(use.busy_ns) / as_double(use.frames);
+  if (frame_ns == 0) {
+    frame_ns = measured;
+  } else if (timed) {
+    frame_ns = link_memory * frame_ns + (1 - link_memory) * measured;
+  } else {
+    frame_ns = std::min(frame_ns, measured);
+  }
 }
 
 }  // namespace
@@ -145,6 +160,12 @@ State observe(const State& state, const StepReport& report) {
   State next = state;
   next.decode.observe(report);
   follow(report.loads, next.load_ns);
+  const bool timed = is_timed(report.loads);
+  const bool first = state.load_ns == 0 && !timed;
+  if (first && next.load_ns > 0 && state.budget.frames > 0) {  // as fast as exploring took it for
+    const double most = static_cast<double>(report.step_ns) / as_double(state.budget.frames);
+    next.load_ns = std::min(next.load_ns, most);
+  }
   follow(report.writes, next.write_ns);
   if (next.decode.is_known() && report.step_ns > 0) {
     const double alone = next.decode.predict_ns(as_double(report.kv_frames), 0);
@@ -162,7 +183,10 @@ State observe(const State& state, const StepReport& report) {
   // A stall beside a link that rests comes of what has just changed, and says nothing of its rate.
   const bool stalled = static_cast<double>(report.stall_ns) > stall_counts * step;
   const bool at_work = static_cast<double>(report.loads.busy_ns) > work_counts * step;
-  if ((stalled && at_work) || used > state.usable) {
+  // Nobody waited for a copy, so nobody knows how much faster it was than it seems: a little more
+  // is asked of the link, until somebody waits.
+  if (!timed && !stalled && used > link_unproven) next.load_ns *= link_trust;
+  if ((stalled && at_work) || (timed && used > state.usable)) {
     next.usable = std::clamp(state.usable + usable_pace * (used - state.usable), 0.05, 1.0);
   }
   return next;

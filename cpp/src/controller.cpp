@@ -13,7 +13,8 @@ constexpr std::size_t steps_kept = 64;  // whose end nobody has seen yet
 
 // What went since, and no more the next time.
 LinkUse since(Traffic& told, const Traffic& now) {
-  const LinkUse use{now.frames - told.frames, now.busy_ns - told.busy_ns};
+  const LinkUse use{now.frames - told.frames, now.busy_ns - told.busy_ns,
+                    now.timed_frames - told.timed_frames, now.timed_ns - told.timed_ns};
   told = now;
   return use;
 }
@@ -70,13 +71,19 @@ void Controller::begin(bool decode, std::uint32_t rows, const Snapshot& snapshot
   abort();
   EventLog& log = transfers_.log();
   if (!measures_ && !log.on()) return;
-  learn();
   demand_ = demand_of(snapshot);
+  if (ended_.size() >= steps_kept) interrupted_ = true;
   if (ended_.size() >= steps_kept) return;
-  open_ = {decode, rows, moment(), {}, demand_.active_frames, 0};
+  open_ = {};
+  open_.decode = decode;
+  open_.follows = !interrupted_ && decode;
+  open_.rows = rows;
+  open_.began = moment();
+  open_.report.kv_frames = demand_.active_frames;
   if (log.on()) log.next_step();
   open_.number = log.step();
   is_open_ = true;
+  learn(false);
 }
 
 void Controller::begin_layer(std::uint32_t layer, std::uint64_t frames, std::uint64_t streamed) {
@@ -91,15 +98,17 @@ void Controller::finish(std::uint64_t resident_frames, std::uint64_t ring_frames
   const std::uint64_t told = std::exchange(loaded_told_, transfers_.loaded_frames());
   if (!is_open_) return;
   open_.ended = moment();
-  open_.loaded_frames = loaded_told_ - told;
+  open_.report.loaded_frames = loaded_told_ - told;
   open_.resident_frames = resident_frames;
   open_.ring_frames = ring_frames;
   ended_.push_back(std::move(open_));
   is_open_ = false;
+  interrupted_ = false;
 }
 
 void Controller::abort() {
   if (is_open_) {
+    interrupted_ = true;
     transfers_.drop_mark(open_.began.fence);
     for (const Layer& layer : open_.layers) {
       transfers_.drop_mark(layer.began.fence);
@@ -109,30 +118,42 @@ void Controller::abort() {
   is_open_ = false;
 }
 
-void Controller::learn() {
-  while (!ended_.empty() && has_come(ended_.front())) {
-    report(ended_.front());
+// Of the last step only with `all`, where no other has begun.
+void Controller::learn(bool all) {
+  for (Step& step : ended_) {
+    if (!step.measured && !has_come(step)) break;
+    if (!step.measured) measure(step);
+  }
+  while (!ended_.empty() && ended_.front().measured) {
+    Step& step = ended_.front();
+    Step* next = ended_.size() > 1 ? &ended_[1] : is_open_ ? &open_ : nullptr;
+    if (next == nullptr ? !all : !has_come(next->began)) return;
+    const bool followed = next != nullptr && next->follows && step.decode;
+    step.report.step_ns = (followed ? next->began : step.ended).at_ns - step.began.at_ns;
+    report(step);
     ended_.erase(ended_.begin());
   }
 }
 
-void Controller::report(const Step& step) {
+// What has become known until its last layer had ended is this step's.
+void Controller::measure(Step& step) {
   const Nanos stall = stall_ns();
-  StepReport report;
-  report.kv_frames = step.kv_frames;
-  report.loaded_frames = step.loaded_frames;
-  report.step_ns = step.ended.at_ns - step.began.at_ns;
-  report.stall_ns = std::clamp<Nanos>(stall - stall_told_ns_, 0, report.step_ns);
-  report.loads = since(loads_told_, transfers_.loads());
-  report.writes = since(writes_told_, transfers_.writes());
+  const Nanos most = step.ended.at_ns - step.began.at_ns;
+  step.report.stall_ns = std::clamp<Nanos>(stall - stall_told_ns_, 0, most);
+  step.report.loads = since(loads_told_, transfers_.loads());
+  step.report.writes = since(writes_told_, transfers_.writes());
+  step.measured = true;
   stall_told_ns_ = stall;
+}
+
+void Controller::report(const Step& step) {
   if (step.decode && measures_) {
-    state_ = observe(state_, report);
+    state_ = observe(state_, step.report);
     const Budget budget = decide(demand_, state_, objective_);
     state_.moves += budget.frames != state_.budget.frames ? 1 : 0;
     state_.budget = budget;
   }
-  if (step.number > 0 && transfers_.log().on()) record(step, report);
+  if (step.number > 0 && transfers_.log().on()) record(step);
 }
 
 void Controller::add_stall(Nanos began_ns) {
@@ -144,12 +165,13 @@ void Controller::add_stall(Nanos began_ns) {
 
 // ---- trace --------------------------------------------------------------------------------------
 
-void Controller::record(const Step& step, const StepReport& report) {
+void Controller::record(const Step& step) {
   EventLog& log = transfers_.log();
+  const Nanos ended_ns = step.began.at_ns + step.report.step_ns;
   for (std::size_t i = 0; i < step.layers.size(); ++i) {
     const Layer& layer = step.layers[i];
     const bool last = i + 1 == step.layers.size();
-    const Nanos ended = (last ? step.ended : step.layers[i + 1].began).at_ns;
+    const Nanos ended = last ? ended_ns : step.layers[i + 1].began.at_ns;
     const Nanos began = layer.began.at_ns;
     log.add(Event{EventKind::layer, step.number, layer.layer, began, ended, layer.frames,
                   layer.streamed});
@@ -161,26 +183,27 @@ void Controller::record(const Step& step, const StepReport& report) {
   event.decode = step.decode;
   event.rows = step.rows;
   event.began_ns = step.began.at_ns;
-  event.ended_ns = step.ended.at_ns;
-  event.stall_ns = report.stall_ns;
-  event.loads = report.loads;
-  event.writes = report.writes;
-  event.kv_frames = step.kv_frames;
+  event.ended_ns = ended_ns;
+  event.stall_ns = step.report.stall_ns;
+  event.loads = step.report.loads;
+  event.writes = step.report.writes;
+  event.kv_frames = step.report.kv_frames;
   event.resident_frames = step.resident_frames;
   event.ring_frames = step.ring_frames;
   event.budget = state_.budget;
+  event.load_ns = state_.load_ns;
   event.slowdown = state_.slowdown;
   log.add(event);
 }
 
 void Controller::start_trace(std::size_t events_most) {
-  learn();
+  learn(true);
   transfers_.log().start(events_most);
   for (Step& step : ended_) step.number = 0;
 }
 
 Trace Controller::take_trace() {
-  learn();
+  learn(true);
   return transfers_.log().stop();
 }
 

@@ -3,7 +3,9 @@
 // It also records them, and their layers, where a trace is kept.
 //
 // A step begins and ends where the compute is: by fences on a stream, whose times come to be known
-// a while later, else by the clock. Steps are reported in their order.
+// a while later, else by the clock. A decode step ends where the next one begins, since what comes
+// after its last attention is part of what a token takes; else where its last layer does. So it is
+// reported once the next one has begun.
 #pragma once
 
 #include <cstdint>
@@ -62,11 +64,12 @@ class Controller {
   };
   struct Step {
     bool decode = false;
+    bool follows = false;  // the one before it, directly
     std::uint32_t rows = 0;
     Moment began;
     Moment ended;
-    std::uint64_t kv_frames = 0;
-    std::uint64_t loaded_frames = 0;
+    StepReport report;
+    bool measured = false;     // but for its time
     std::uint64_t number = 0;  // as traced; 0: it is not
     std::uint64_t resident_frames = 0;
     std::uint64_t ring_frames = 0;
@@ -76,9 +79,10 @@ class Controller {
   [[nodiscard]] Moment moment();
   [[nodiscard]] bool has_come(Moment& moment);
   [[nodiscard]] bool has_come(Step& step);
-  void learn();
+  void learn(bool all);
+  void measure(Step& step);
   void report(const Step& step);
-  void record(const Step& step, const StepReport& report);
+  void record(const Step& step);
 
   Backend& backend_;
   Transfers& transfers_;
@@ -91,6 +95,7 @@ class Controller {
   bool is_open_ = false;
   Step open_;
   std::vector<Step> ended_;  // whose time is not known yet
+  bool interrupted_ = true;  // by a step that was aborted, since the last that ended
   Nanos waited_ns_ = 0;
   Nanos stall_told_ns_ = 0;  // as next, of what is reported
   std::uint64_t loaded_told_ = 0;

@@ -17,9 +17,17 @@ namespace {
 void count(const Completion& completion, std::uint32_t frames, Traffic& traffic) {
   if (completion.status != Status::ok) return;
   const Nanos from = std::max(completion.began, traffic.ended_ns);
+  const Nanos took = std::max<Nanos>(0, completion.ended - from);
+  const bool known = traffic.exact || completion.began >= traffic.ended_ns;
   traffic.frames += frames;
-  traffic.busy_ns += std::max<Nanos>(0, completion.ended - from);
-  traffic.ended_ns = std::max(traffic.ended_ns, completion.ended);
+  traffic.busy_ns += took;
+  if (known && completion.exact) {
+    traffic.timed_frames += frames;
+    traffic.timed_ns += took;
+  }
+  if (completion.ended < traffic.ended_ns) return;
+  traffic.ended_ns = completion.ended;
+  traffic.exact = completion.exact;
 }
 
 constexpr Nanos wait_ns_max = 1'000'000'000;

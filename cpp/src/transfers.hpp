@@ -40,11 +40,15 @@ inline constexpr std::uint32_t tries_max = 3;
 // Adds a copy to a list, to the last copy there where it goes on from that in both tiers.
 void add_copy(const Copy& copy, std::vector<Copy>& copies);
 
-// What went one way, and how long at least one copy of it was under way.
+// What went one way, and how long at least one copy of it was under way. As far as both ends of
+// that time are known, it is also counted as timed.
 struct Traffic {
   std::uint64_t frames = 0;
   Nanos busy_ns = 0;
+  std::uint64_t timed_frames = 0;
+  Nanos timed_ns = 0;
   Nanos ended_ns = 0;  // the last that ended
+  bool exact = true;   // and whether that is when it did
 };
 
 class Transfers {

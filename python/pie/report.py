@@ -126,17 +126,15 @@ def _summary(trace: Trace) -> str:
     times = [step.ended_ns - step.began_ns for step in decode]
     rows = [("steps traced", f"{len(trace.steps)}, of them {len(decode)} of decode")]
     if decode:
-        busy = sum(step.loads_busy_ns for step in decode)
         loaded = sum(step.loaded_bytes for step in decode)
+        rate = decode[-1].link_bytes_per_s
         rows += [
             ("decode step, median", f"{statistics.median(times) / _MS:.2f} ms"),
             ("stalled", f"{sum(step.stall_ns for step in decode) / sum(times):.1%} of the time"),
             ("slowdown, estimated", f"{statistics.median(s.slowdown for s in decode):.1%}"),
             ("KV of a step, at the end", f"{decode[-1].kv_bytes / _MIB:.1f} MiB"),
             ("streamed a step", f"{loaded / len(decode) / _MIB:.1f} MiB"),
-            ("link", f"{loaded / busy:.2f} GB/s, at work {busy / sum(times):.0%} of the time")
-            if busy
-            else ("link", "not used"),
+            ("link, as learned", f"{rate / 1e9:.2f} GB/s or more" if rate else "not used"),
         ]
     if trace.dropped:
         rows.append(("older records left out", f"{trace.dropped}"))

@@ -41,10 +41,10 @@ class Step(NamedTuple):
     decode: bool  # every sequence gained one token
     rows: int  # new tokens
     began_ns: int
-    ended_ns: int
+    ended_ns: int  # of a decode step that another follows, where that begins
     stall_ns: int
     loaded_bytes: int
-    loads_busy_ns: int  # the link to the device was at work
+    loads_busy_ns: int  # the link to the device was at work, at most
     written_bytes: int
     writes_busy_ns: int
     kv_bytes: int  # that it read
@@ -52,6 +52,7 @@ class Step(NamedTuple):
     ring_bytes: int  # the ring's size
     budget_bytes: int  # that a step may stream by the objective
     budget_reason: str  # what bounds that
+    link_bytes_per_s: float  # to the device while it is at work, as learned so far; 0: not yet
     slowdown: float  # of a decode step, against all on the device; estimated
 
 

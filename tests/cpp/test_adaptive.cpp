@@ -25,6 +25,7 @@ class Truth {
   double kv_ns = 250;      // a frame
   double loaded_ns = 250;  // a frame, beside the link
   double load_ns = 2600;   // a frame on the link
+  bool times_only_stalls = false;
 
   explicit Truth(std::uint64_t seed) : random_(seed) {}
 
@@ -42,7 +43,11 @@ class Truth {
     report.loaded_frames = static_cast<std::uint64_t>(loaded);
     report.step_ns = static_cast<Nanos>(takes);
     report.stall_ns = static_cast<Nanos>(takes - computed);
-    report.loads = {report.loaded_frames, static_cast<Nanos>(loaded * load_ns)};
+    const auto busy = static_cast<Nanos>(loaded * load_ns);
+    report.loads = {report.loaded_frames, busy, report.loaded_frames, busy};
+    if (times_only_stalls && report.stall_ns == 0) {  // the rest ends when somebody looks
+      report.loads = {report.loaded_frames, report.loaded_frames > 0 ? report.step_ns : 0, 0, 0};
+    }
     return report;
   }
 
@@ -176,6 +181,28 @@ TEST(Adapting, FollowsALinkThatChanges) {
   loop.truth().load_ns /= 4;
   loop.run(64);
   EXPECT_GE(loop.rate(), 0.95 * best_rate(loop.truth()));
+}
+
+// As on a backend that sees the ends of copies between layers only.
+TEST(Adapting, AsksMoreOfALinkWhoseCopiesNobodyTimes) {
+  for (const double load_ns : {300.0, 2600.0}) {
+    for (const Aim aim : {Aim::transparent, Aim::throughput}) {
+      SCOPED_TRACE(std::to_string(load_ns));
+      Truth truth(19);
+      truth.load_ns = load_ns;
+      truth.times_only_stalls = true;
+      Loop loop(truth, aim);
+      loop.run(400);
+      loop.take_slow();
+      loop.run(200);
+      if (aim == Aim::transparent) {
+        EXPECT_LE(loop.take_slow(), 8);
+        EXPECT_GE(loop.held(), 0.9 * most_transparent(truth));
+      } else {
+        EXPECT_GE(loop.rate(), 0.95 * best_rate(truth));
+      }
+    }
+  }
 }
 
 TEST(Adapting, RestsWhereNothingChanges) {

@@ -52,6 +52,10 @@ void expect_whole(const Trace& trace, std::uint32_t layers) {
     EXPECT_EQ(attended[step.step], layers);
     EXPECT_LE(step.began_ns, found.front().began_ns);
     EXPECT_EQ(step.ended_ns, found.back().ended_ns);
+    if (of_step.contains(step.step + 1)) {
+      const Nanos next = of_step[step.step + 1].front().began_ns;
+      EXPECT_LE(step.ended_ns, next);
+    }
     for (std::uint32_t i = 0; i < layers; ++i) {
       EXPECT_EQ(found[i].layer, i);
       EXPECT_LE(found[i].streamed, found[i].frames);

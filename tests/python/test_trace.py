@@ -120,7 +120,7 @@ def test_the_page_has_everything_in_it(tmp_path: Path) -> None:
 
 
 def test_pages_of_odd_traces() -> None:
-    step = Step(1, False, 5, 0, 1000, 0, 0, 0, 0, 0, 0, 0, 0, 0, "starting", 0.0)
+    step = Step(1, False, 5, 0, 1000, 0, 0, 0, 0, 0, 0, 0, 0, 0, "starting", 0.0, 0.0)
     roomy = {"policy": "off", "pool_bytes": None, "device_bytes": "8MiB"}
     for trace in (pie.Trace([step], []), traced(0)[0], traced(3, **roomy)[0]):
         assert report.page(trace).count("<svg") == 4

@@ -28,10 +28,13 @@ struct Objective {
 // not from 0 to 10, a bound that is negative or no number. Milliseconds; 0: no bound.
 [[nodiscard]] Objective make_objective(std::string_view aim, double slack, double max_tpot_ms);
 
-// What went over a link one way, and for how long it was at work.
+// What went over a link one way, and for how long it was at work, at most: where nobody saw when a
+// copy ended, it counts until somebody did. Of that, what is timed exactly.
 struct LinkUse {
   std::uint64_t frames = 0;
   Nanos busy_ns = 0;
+  std::uint64_t timed_frames = 0;
+  Nanos timed_ns = 0;
 };
 
 // A decode step that has ended, by fences and completions.

@@ -70,7 +70,8 @@ enum class Status : std::uint8_t { ok, failed, corrupt };
 
 // A batch of copies has ended, or a fence whose time was wanted has passed (then `ticket` is none).
 // `error` is an errno value where `status` is not ok. Where a backend does not time when a batch of
-// device_to_pool began, `began` is since when it could.
+// device_to_pool began, `began` is since when it could; where it does not time when one ended,
+// `ended` is when that was seen, and not `exact`.
 struct Completion {
   Ticket ticket;
   Fence fence;
@@ -78,6 +79,7 @@ struct Completion {
   int error = 0;
   Nanos began = 0;
   Nanos ended = 0;
+  bool exact = true;
 };
 
 // How many frames of the pool are usable, and whether more are on their way.

@@ -39,7 +39,7 @@ struct StepEvent {
   bool decode = false;     // every sequence gained one token
   std::uint32_t rows = 0;  // new tokens
   Nanos began_ns = 0;
-  Nanos ended_ns = 0;
+  Nanos ended_ns = 0;  // of a decode step that another follows, where that begins
   Nanos stall_ns = 0;  // since the one before, as far as it is known yet
   LinkUse loads;       // likewise
   LinkUse writes;
@@ -47,7 +47,8 @@ struct StepEvent {
   std::uint64_t resident_frames = 0;  // on the device as it ended
   std::uint64_t ring_frames = 0;      // the ring's size
   Budget budget;                      // in force
-  double slowdown = 0;                // as in State
+  double load_ns = 0;                 // as in State, as is the next
+  double slowdown = 0;
 };
 
 struct Trace {

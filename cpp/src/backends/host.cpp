@@ -302,6 +302,7 @@ void HostBackend::account() {
     Tickets::Entry& entry = tickets_.at({segment.lane, segment.ticket_id});
     Completion& completion = entry.completion;
     completion.ended = std::max(completion.ended, segment.ended);
+    completion.exact = segment.exact;  // the last one's counts
     if (completion.error == 0) completion.error = segment.error;
     if (--entry.work.in_flight == 0 && all_started(entry)) end(entry);
   }

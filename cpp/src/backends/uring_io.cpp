@@ -84,6 +84,7 @@ class UringIo final : public SegmentIo {
       advance(index, result);
     }
     hand_on();
+    waited_ = false;
     if (lost_ != 0) fail_all();
     out.insert(out.end(), ended_.begin(), ended_.end());
     ended_.clear();
@@ -95,6 +96,7 @@ class UringIo final : public SegmentIo {
                               .tv_nsec = timeout_ns % 1'000'000'000};
     io_uring_cqe* entry = nullptr;
     note(io_uring_submit_and_wait_timeout(&ring_, &entry, 1, &timeout, nullptr));
+    waited_ = true;
   }
 
   [[nodiscard]] int lost() const override { return lost_; }
@@ -147,7 +149,7 @@ class UringIo final : public SegmentIo {
 
   void end(unsigned index, int error) {
     const Segment& segment = slots_[index].rest;
-    ended_.push_back({segment.lane, segment.ticket_id, error, clock_ns()});
+    ended_.push_back({segment.lane, segment.ticket_id, error, clock_ns(), waited_});
     free_.push_back(index);
   }
 
@@ -170,6 +172,7 @@ class UringIo final : public SegmentIo {
   io_uring ring_{};
   bool open_ = false;
   int lost_ = 0;
+  bool waited_ = false;  // just now, for what is reaped next
   Bytes prepared_ = 0;  // since segments were handed on
   std::array<Slot, slot_count> slots_{};
   std::vector<unsigned> free_;  // indices of unused slots
