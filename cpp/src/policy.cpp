@@ -122,8 +122,8 @@ std::uint64_t widest_share(const Totals& totals, std::uint64_t frames) {
 // copies of the best size where that is more, and never above half of what is not pinned nor what
 // the pool has left, but `least` in any case. On a stream half a layer more, for segments that are
 // not full: without it the last of a layer comes late, since nobody computes what is there already.
-// It moves in steps of an eighth or less, and one in force that serves stays, since what has been
-// asked for ahead is lost when it moves.
+// It moves in steps of an eighth or less, and one in force that serves stays, up to four times what
+// is wanted, since what has been asked for ahead is lost when it moves.
 std::uint64_t ring_for(const Snapshot& snapshot, const Totals& totals, std::uint64_t frames,
                        std::uint64_t free, std::uint64_t left, std::uint64_t least) {
   const std::uint64_t share = widest_share(totals, frames);
@@ -136,7 +136,7 @@ std::uint64_t ring_for(const Snapshot& snapshot, const Totals& totals, std::uint
       std::max(least, ring - ring % std::max<std::uint64_t>(1, std::bit_floor(ring) / 8));
   const std::uint64_t now = snapshot.ring_frames;
   const std::uint64_t next = now < wanted ? wanted + wanted / 4 : now;  // where it is to move, far
-  return now == 0 || next > wanted + wanted / 2 || next >= most ? wanted : next;
+  return now == 0 || next > 4 * wanted || next >= most ? wanted : next;
 }
 
 // Streams at least `wanted` of the active frames, and more until the rest fits beside a ring of

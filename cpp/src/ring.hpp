@@ -52,6 +52,7 @@ class Ring {
   void reshape(FrameRun frames, std::uint32_t segment_frames);
 
   [[nodiscard]] FrameRun frames() const { return frames_; }
+  [[nodiscard]] std::uint32_t segment_frames() const { return segment_frames_; }
   [[nodiscard]] std::uint32_t frames_in_use() const;
 
   // Whether copies into frames that it gave up are under way.

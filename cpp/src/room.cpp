@@ -31,7 +31,7 @@ FrameIndex Scheduler::take_frame() {
 void Scheduler::make_room() {
   land();
   if (map_.device().free() > 0) return;
-  if (!shape_.whole_layers) evict_written(false);
+  if (!shape_.whole_layers) evict_written(false, true);
   if (map_.device().free() > 0) return;
   if (map_.count(BlockState::writing) > 0 || !evict_any()) write_or_wait();
 }
@@ -50,14 +50,21 @@ bool Scheduler::is_read_now(std::uint32_t layer, const Branch& branch) const {
   return layer == layer_ && branch.active;
 }
 
-// Discards what has come to be in the pool and is not to stay; may spare the layer that runs.
-void Scheduler::evict_written(bool spare_layer) {
+// Discards what has come to be in the pool and is not to stay; may spare the layer that runs. On a
+// stream what is still being copied there stays until room is `needed`, since whoever got its frame
+// would wait for the copy.
+void Scheduler::evict_written(bool spare_layer, bool needed) {
   std::erase_if(written_, [&](const Stretch& stretch) {
     if (spare_layer && stretch.layer == layer_) return false;
-    const LayerBlocks& layer = stretch.branch->layers[stretch.layer];
-    for (std::uint32_t b = stretch.begin; b < std::min(stretch.end, layer.streamed); ++b) {
-      if (layer.blocks[b].state != BlockState::clean) continue;
-      map_.evict({stretch.branch, stretch.layer, b});
+    const auto found = map_.branches().find(stretch.branch);
+    if (found == map_.branches().end()) return true;
+    Branch& branch = found->second;
+    const LayerBlocks& layer = branch.layers[stretch.layer];
+    const std::uint32_t end = std::min({stretch.end, layer.streamed, layer.size()});
+    if (stretch.begin >= end) return true;
+    if (!needed && transfers_.departs(layer.blocks[stretch.begin].device)) return false;
+    for (std::uint32_t b = stretch.begin; b < end; ++b) {
+      if (layer.blocks[b].state == BlockState::clean) map_.evict({&branch, stretch.layer, b});
     }
     return true;
   });

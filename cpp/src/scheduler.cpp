@@ -330,9 +330,14 @@ void Scheduler::divide(std::uint32_t staging_frames, std::uint32_t ring_frames) 
   FramePool& device = map_.device();
   const std::uint32_t begin = device.capacity() - ring_frames;
   const std::uint32_t limit = begin - staging_frames;
-  // Several segments, so that some are filled while one is read, and copies of the best size.
-  const std::uint32_t segment =
+  // Several segments, so that some are filled while one is read, and copies of the best size. Those
+  // in use stay as large as they are while that serves, since what is in them is lost otherwise.
+  const std::uint32_t best =
       std::clamp(copy_frames_, (ring_frames + 7) / 8, std::max(1U, ring_frames / 3));
+  const std::uint32_t now = ring_.segment_frames();
+  const bool serves = now <= ring_frames / 5 && now >= (ring_frames + 23) / 24 &&
+                      now >= std::min(copy_frames_, best);
+  const std::uint32_t segment = serves ? now : best;
   const FrameRun ring{begin, ring_frames};
   if (limit < device.limit()) {
     for (FrameIndex frame = limit; frame < device.limit(); ++frame) vacate(frame, limit);
@@ -996,7 +1001,9 @@ void Scheduler::look_ahead() {
   }
 }
 
-// Writes the blocks of a layer that the step has filled, as far as the plan wants.
+// Writes the blocks of a layer that the step has filled, as far as the plan wants: from the first
+// that is not written on, and of old ones no more than there are new ones, so that a step that
+// comes to write behind pays for no earlier one.
 void Scheduler::write_grown(const Growth& growth, std::uint32_t layer) {
   Branch& branch = *growth.branch;
   const std::uint32_t tokens_before = growth.sequence->tokens - growth.new_tokens;
@@ -1004,8 +1011,9 @@ void Scheduler::write_grown(const Growth& growth, std::uint32_t layer) {
   if (branch.full == before) return;
   LayerBlocks& blocks = branch.layers[layer];
   blocks.written = std::min(blocks.written, before);
-  write_full(branch, layer,
-             plan_.write_behind ? branch.full : std::min(branch.full, blocks.streamed));
+  const std::uint32_t behind = blocks.written + 2 * (branch.full - before);
+  const std::uint32_t wanted = plan_.write_behind ? behind : 0;
+  write_full(branch, layer, std::min(branch.full, std::max(wanted, blocks.streamed)));
 }
 
 void Scheduler::abort() {
@@ -1039,7 +1047,7 @@ void Scheduler::land() {
   for (const Landed& landed : transfers_.land()) {
     const std::uint32_t end = landed.first_block + landed.count;
     if (landed.lane == Lane::pool_to_device) continue;
-    written_.push_back({landed.branch, landed.layer, landed.first_block, end});
+    written_.push_back({landed.branch->id, landed.layer, landed.first_block, end});
   }
   ring_.land();
   evict_written(running_);

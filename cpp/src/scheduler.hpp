@@ -159,7 +159,7 @@ class Scheduler {
 
   // Adjacent blocks of one layer of one branch.
   struct Stretch {
-    Branch* branch = nullptr;
+    std::uint64_t branch = 0;  // its id: the branch may be gone by now
     std::uint32_t layer = 0;
     std::uint32_t begin = 0;
     std::uint32_t end = 0;
@@ -240,7 +240,7 @@ class Scheduler {
   void make_room();
   void write_or_wait();
   [[nodiscard]] bool is_read_now(std::uint32_t layer, const Branch& branch) const;
-  void evict_written(bool spare_layer);
+  void evict_written(bool spare_layer, bool needed = false);
   [[nodiscard]] bool evict_any();
   [[nodiscard]] bool write_any();
 

@@ -101,6 +101,11 @@ class Transfers {
   [[nodiscard]] const Traffic& loads() const { return loads_; }
   [[nodiscard]] const Traffic& writes() const { return writes_; }
 
+  // Whether what a stream's device frame holds is still being copied to the pool.
+  [[nodiscard]] bool departs(FrameIndex device) const {
+    return device != no_frame && under_way(guards_[device].departure);
+  }
+
   // Adds what copies into a device frame must wait for.
   void add_guards(FrameIndex device, std::vector<Dep>& after) const;
 

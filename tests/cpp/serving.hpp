@@ -95,6 +95,18 @@ struct Serving {
           200e3};
 }
 
+// A GPU as of a GH200 with most of a step its weights, small enough to be simulated at once.
+[[nodiscard]] inline Serving small_machine() {
+  Serving serving = gh200_34b();
+  serving.geometry.layers = 12;
+  serving.geometry.block_tokens = 64;
+  serving.device_bytes = 4'800'000'000;
+  serving.pool_bytes = 24'000'000'000;
+  serving.weights_ns = 4e6;
+  serving.prefill_ns_per_token = 2e3;
+  return serving;
+}
+
 struct Request {
   std::uint32_t prompt = 1024;
   std::uint32_t answer = 256;
@@ -121,7 +133,7 @@ class Server {
  public:
   // There is to be room for `ahead` more tokens of each that runs.
   Server(const Serving& serving, const std::string& policy, const Objective& objective,
-         std::uint32_t ahead = 32)
+         std::uint32_t ahead = 32, const SimFaults& faults = {})
       : serving_(serving), ahead_(ahead) {
     SimOptions options;
     options.frame_bytes = serving.geometry.frame_bytes();
@@ -129,6 +141,7 @@ class Server {
     options.pool_frames = static_cast<std::uint32_t>(serving.pool_bytes / options.frame_bytes);
     options.copy_bytes_best = Bytes{2} << 20;
     options.streams = true;
+    options.faults = faults;
     options.carry_bytes = false;
     options.load.overhead_ns = options.write.overhead_ns = 200;
     options.load.bytes_per_s = options.write.bytes_per_s = serving.link_bytes_per_s;
@@ -162,6 +175,13 @@ class Server {
     const StepEntry entry{cache_->add(), request.prompt};
     step({&entry, 1});
     running_.push_back({entry.sequence, request.answer});
+  }
+
+  // A prompt whose answer nobody waits for.
+  void prefill(const Request& request) {
+    const StepEntry entry{cache_->add(), request.prompt};
+    step({&entry, 1});
+    cache_->free(entry.sequence);
   }
 
   void leave(std::size_t count) {

@@ -17,6 +17,7 @@ using testing::Request;
 using testing::serve;
 using testing::Server;
 using testing::Serving;
+using testing::small_machine;
 
 // A machine whose steps take what they are told to, with some noise.
 class Truth {
@@ -262,18 +263,6 @@ TEST(Adapting, RefusesObjectivesThatCannotBe) {
 }
 
 // ---- a server -----------------------------------------------------------------------------------
-
-// A GPU as of a GH200 with most of a step its weights, small enough to be simulated at once.
-Serving small_machine() {
-  Serving serving = testing::gh200_34b();
-  serving.geometry.layers = 12;
-  serving.geometry.block_tokens = 64;
-  serving.device_bytes = 4'800'000'000;
-  serving.pool_bytes = 24'000'000'000;
-  serving.weights_ns = 4e6;
-  serving.prefill_ns_per_token = 2e3;
-  return serving;
-}
 
 TEST(Serving, ReachesTheBestOfFixedBatches) {
   const Objective throughput = make_objective("throughput", 0.05, 0);

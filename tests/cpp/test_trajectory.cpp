@@ -109,7 +109,7 @@ TEST(Trajectory, ABudgetThatMoves) {
     model.resize(device, 300);
     steps(model, {{first, 1}, {second, 3}}, 6);
   }
-  EXPECT_EQ(cost_of(model), (Cost{6807279, 4674058, 550, 961, 36, 75}));
+  EXPECT_EQ(cost_of(model), (Cost{6860322, 4727101, 555, 978, 36, 75}));
 }
 
 // The step after the cut fills what is partial now, and was full and in the pool before.
@@ -166,13 +166,13 @@ void random_history(Model& model, std::uint64_t seed) {
 TEST(Trajectory, ARandomHistoryThatStreamsWhatItMust) {
   Model model(small_geometry(3), "fit", orderly_machine(3, 40, 200));
   random_history(model, 1);
-  EXPECT_EQ(cost_of(model), (Cost{335779275, 236255070, 15253, 36045, 2507, 4322}));
+  EXPECT_EQ(cost_of(model), (Cost{334837471, 235313266, 15245, 36054, 2464, 4234}));
 }
 
 TEST(Trajectory, ARandomHistoryThatStreamsHalf) {
   Model model(small_geometry(3), "fixed:0.5", orderly_machine(3, 40, 200));
   random_history(model, 2);
-  EXPECT_EQ(cost_of(model), (Cost{305335597, 203769123, 16069, 25238, 3069, 4396}));
+  EXPECT_EQ(cost_of(model), (Cost{307053453, 205486979, 15920, 25646, 3066, 4397}));
 }
 
 // A link that fails now and then costs what it costs, and no more.
@@ -189,8 +189,8 @@ TEST(Trajectory, RetriesOnALinkThatFails) {
       ++failed;
     }
   }
-  EXPECT_EQ(failed, 0U);
-  EXPECT_EQ(cost_of(model), (Cost{15443692, 8274801, 642, 2253, 103, 115}));
+  EXPECT_EQ(failed, 1U) << "a copy that fails three times fails its step";
+  EXPECT_EQ(cost_of(model), (Cost{15019603, 7958859, 625, 2173, 95, 113}));
 }
 
 }  // namespace

@@ -1,0 +1,123 @@
+// Loads and machines that change while a server runs, on simulated machines.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "serving.hpp"
+
+namespace pie::testing {
+
+// How many requests want to run at a step, of what kind, and what happens to the machine before it.
+struct Scenario {
+  std::string name;
+  std::function<std::size_t(int step)> wanted;
+  Request request;
+  std::function<void(Server&, int step)> before = [](Server&, int) {};
+  std::vector<int> changes = {};  // steps at which what is best changes
+  std::uint32_t ahead = 64;       // tokens of each that runs, that the server keeps room for
+  SimFaults faults = {};
+};
+
+// `fits`: requests that the device holds at once.
+[[nodiscard]] inline std::vector<Scenario> scenarios(std::size_t fits, int steps) {
+  const int third = steps / 3;
+  const auto many = [fits](int) { return 4 * fits; };
+  const Request usual{2048, 128};
+  const auto slow_link = [third](Server& server, int step) {
+    SimFaults slow;
+    slow.slow = 1;
+    slow.slow_factor = 4;
+    if (step == third) server.sim().set_faults(slow);
+    if (step == 2 * third) server.sim().set_faults({});
+  };
+  SimFaults lying;
+  lying.lying = 1;
+  lying.lying_bytes = Bytes{4} << 30;
+  const auto shrink = [third](Server& server, int step) {
+    if (step != third) return;
+    const Stats stats = server.cache().stats();
+    server.cache().resize(stats.device_bytes / 5 * 4, stats.pool_bytes);
+  };
+  const auto burst = [fits, third](int step) {
+    return step < third || step >= 2 * third ? fits * 3 / 4 : fits * 3 / 2;
+  };
+  const auto prompts = [](Server& server, int step) {
+    if (step % 16 == 0) server.prefill({4096, 0});
+  };
+  return {{"steady decode", many, usual},
+          {"growing contexts", many, {1024, 1200}, [](Server&, int) {}, {}, 1800},
+          {"a burst comes and goes", burst, usual, [](Server&, int) {}, {third, 2 * third}},
+          {"long prompts in between", many, usual, prompts},
+          {"a link 4 times slower for a while", many, usual, slow_link, {third, 2 * third}},
+          {"a link that lies about its rate", many, usual, [](Server&, int) {}, {}, 64, lying},
+          {"memory that shrinks", many, usual, shrink, {third}}};
+}
+
+// What a server came to in a scenario, once it had `settle` steps to learn, and after each change
+// again.
+struct Outcome {
+  double tokens_per_s = 0;
+  double slow_share = 0;  // of decode steps took more than 1.05 of what they would have alone
+  double running = 0;     // on average
+  int reversals = 0;      // of the budget's direction
+  int counted = 0;        // steps
+};
+
+// With `cap` requests at once at most, or with 0 as many as the headroom allows.
+inline Outcome play(Server& server, const Scenario& scenario, int steps, std::size_t cap,
+                    int settle = 32) {
+  std::mt19937 random(9);
+  Outcome outcome;
+  double tokens = 0;
+  double slow = 0;
+  Nanos time = 0;
+  int last_change = 0;
+  Bytes budget = 0;
+  int sign = 0;
+  for (int step = 0; step < steps; ++step) {
+    scenario.before(server, step);
+    if (std::ranges::find(scenario.changes, step) != scenario.changes.end()) last_change = step;
+    const std::size_t wanted = scenario.wanted(step);
+    if (server.running() > wanted) server.leave(server.running() - wanted);
+    const Nanos began = server.now();
+    for (int more = 0; more < 4 && server.running() < (cap > 0 ? std::min(cap, wanted) : wanted);) {
+      Request next = scenario.request;
+      next.answer = next.answer / 2 + static_cast<std::uint32_t>(random() % next.answer);
+      if (cap == 0 && !server.admit(next)) break;
+      if (cap > 0) server.start(next);
+      ++more;
+    }
+    const auto made = static_cast<double>(server.decode());
+    if (step - last_change < settle) continue;
+    tokens += made;
+    time += server.now() - began;
+    slow += server.step_ns() > 1.05 * server.alone_ns() ? 1 : 0;
+    outcome.running += static_cast<double>(server.running());
+    const Bytes now = server.cache().stats().budget_bytes;
+    const int way = now > budget ? 1 : now < budget ? -1 : 0;
+    outcome.reversals += budget > 0 && way * sign < 0 ? 1 : 0;
+    if (way != 0) sign = way;
+    budget = now;
+    ++outcome.counted;
+  }
+  outcome.tokens_per_s = tokens * 1e9 / static_cast<double>(time);
+  outcome.slow_share = slow / outcome.counted;
+  outcome.running /= outcome.counted;
+  return outcome;
+}
+
+// Requests that the device of a machine holds at once, half way through their answers.
+[[nodiscard]] inline std::size_t fits(const Serving& serving, const Request& request) {
+  const auto tokens =
+      static_cast<double>(serving.device_bytes) * serving.geometry.block_tokens /
+      (static_cast<double>(serving.geometry.frame_bytes()) * serving.geometry.layers);
+  return static_cast<std::size_t>(tokens / (request.prompt + request.answer / 2.0));
+}
+
+}  // namespace pie::testing
