@@ -1,6 +1,7 @@
 // What a server gains that admits by the cache's headroom, on simulated machines.
 //
-//   adaptive [steps]
+//   adaptive [steps]      on three machines, requests as fast as they are admitted
+//   adaptive scenarios    on one, loads and machines that change: see tests/cpp/scenarios.hpp
 //
 // Requests of 2,048 tokens come as fast as they are admitted, answer 64 to 319 tokens each, and go.
 // First with fixed numbers of them at once, from what the device holds (1.00) up; then as many as
@@ -12,7 +13,7 @@
 #include <exception>
 #include <string>
 
-#include "serving.hpp"
+#include "scenarios.hpp"
 
 namespace {
 
@@ -55,11 +56,56 @@ void measure(const Serving& serving, int steps) {
   print("adaptive, transparent", serve(serving, "transparent", 0, steps), best);
 }
 
+// A model of 36 layers whose steps are mostly its weights, as much of it as is simulated in
+// minutes.
+Serving deep_machine() {
+  Serving serving = pie::testing::small_machine();
+  serving.geometry.layers *= 3;
+  serving.device_bytes *= 3;
+  serving.pool_bytes *= 3;
+  serving.weights_ns *= 3;
+  serving.prefill_ns_per_token *= 3;
+  return serving;
+}
+
+void measure_scenarios() {
+  constexpr int steps = 240;
+  const Serving serving = deep_machine();
+  const std::size_t fits = pie::testing::fits(serving, {prompt, 128});
+  for (const pie::testing::Scenario& scenario : pie::testing::scenarios(fits, steps)) {
+    const auto run = [&](const char* objective, std::size_t cap) {
+      const std::uint32_t kept = std::string(objective) == "transparent" ? scenario.ahead : ahead;
+      Server server(serving, "adaptive", pie::make_objective(objective, 0.05, 0), kept,
+                    scenario.faults);
+      return pie::testing::play(server, scenario, steps, cap);
+    };
+    double best = 0;
+    for (const double times : {0.8, 1.0, 1.15, 1.3, 1.5}) {
+      const auto cap = static_cast<std::size_t>(static_cast<double>(fits) * times);
+      best = std::max(best, run("throughput", cap).tokens_per_s);
+    }
+    const auto fast = run("throughput", 0);
+    const auto even = run("transparent", 0);
+    std::printf(
+        "%-36s throughput %5.2f of the best of five fixed numbers, %d reversals; transparent "
+        "%5.2f, "
+        "%4.1f %% of steps beyond 1.05\n",
+        scenario.name.c_str(), fast.tokens_per_s / best, fast.reversals, even.tokens_per_s / best,
+        100 * even.slow_share);
+    std::fflush(stdout);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  const bool scenarios = argc > 1 && std::string(argv[1]) == "scenarios";
   const int steps = argc > 1 ? std::atoi(argv[1]) : 480;
   try {
+    if (scenarios) {
+      measure_scenarios();
+      return 0;
+    }
     for (const Serving& serving :
          {pie::testing::gh200_34b(), pie::testing::gh200_opt_13b(), pie::testing::rtx4090_27b()}) {
       measure(serving, steps);
