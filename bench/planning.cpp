@@ -1,13 +1,14 @@
-// What the core costs by itself: planning one step, all of a step's bookkeeping, handing out and
-// taking back a frame.
+// What the core costs by itself: planning one step, all of a step's bookkeeping, the same while a
+// trace is kept and with a pool that holds nothing, learning from a step, handing out and taking
+// back a frame.
 //
 //   planning [sequences [tokens [layers]]]
 //
-// The kernel does nothing, so what is left is bookkeeping. Two budgets: all KV on the device, and
-// half of it. Two backends: a stream on which every copy has ended at once, so that nothing but the
-// scheduling is measured, as over a device with copy engines; and the host backend with tiny
-// frames, where submission to the disk and checksums are the computing thread's too. Prints
-// medians; waits are left out of "own work".
+// The kernel does nothing, so what is left is bookkeeping. Three budgets: all KV on the device
+// without a pool and with one, and half of it. Two backends: a stream on which every copy has ended
+// at once, so that nothing but the scheduling is measured, as over a device with copy engines; and
+// the host backend with tiny frames, where submission to the disk and checksums are the computing
+// thread's too. Prints medians; waits are left out of "own work".
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -129,7 +130,7 @@ Costs one_step(pie::Cache& cache, const std::vector<pie::StepEntry>& batch) {
 std::unique_ptr<pie::Cache> make_cache(bool host, const pie::Geometry& geometry, double frames,
                                        double share) {
   const pie::Bytes stride = geometry.frame_bytes();
-  const std::string policy = share < 1 ? "fit" : "off";  // which writes nothing behind
+  const std::string policy = share < 1 || share > 2 ? "adaptive" : "off";  // no pool is read
   if (!host) {
     const auto device = static_cast<std::uint32_t>(frames * share);
     const auto pool = static_cast<std::uint32_t>(2 * frames);
@@ -163,22 +164,53 @@ void measure_steps(bool host, std::uint32_t sequences, std::uint32_t tokens, std
   std::vector<double> run;
   std::vector<double> finish;
   std::vector<double> own;
+  std::vector<double> traced;
   for (int i = 0; i < steps; ++i) {
     const Costs costs = one_step(cache, batch);
     begin.push_back(costs.begin_us);
     run.push_back(costs.layers_us);
     finish.push_back(costs.finish_us);
     own.push_back(costs.own_us);
+    if (i % 5 > 0) continue;  // the step after each fifth again, with a trace
+    cache.start_trace(10'000);
+    traced.push_back(one_step(cache, batch).own_us);
+    static_cast<void>(cache.take_trace());
   }
   const pie::Stats stats = cache.stats();
-  std::printf("%s, %3.0f %% of the KV on the device, %llu KiB streamed a step\n",
+  const auto counted = static_cast<pie::Bytes>(steps) * 6 / 5;
+  std::printf("%s, %3.0f %% of the KV on the device%s, %llu KiB streamed a step\n",
               host ? "host" : "a stream", 100 * std::min(share, 1.0),
-              static_cast<unsigned long long>((stats.streamed_bytes - before) / 1024 / steps));
+              share > 2 ? ", a pool that holds none" : "",
+              static_cast<unsigned long long>((stats.streamed_bytes - before) / 1024 / counted));
   std::printf("  planning (begin)             %8.1f us\n", median(begin));
   std::printf("  %u layers%s %8.1f us\n", layers,
               share < 1 ? ", waits included  " : ", reading nothing ", median(run));
   std::printf("  finish                       %8.1f us\n", median(finish));
   std::printf("  own work, without the waits  %8.1f us\n", median(own));
+  std::printf("  the same while traced        %8.1f us\n", median(traced));
+}
+
+// Learning from a step of some gigabytes and deciding by it, as after each decode step.
+void measure_learning() {
+  constexpr int rounds = 20000;
+  const pie::Demand demand{20'000, 200'000, 24'000, 48};
+  for (const auto aim : {pie::Aim::transparent, pie::Aim::throughput}) {
+    pie::State state;
+    const double began = now_us();
+    for (int i = 0; i < rounds; ++i) {
+      pie::StepReport report;
+      report.kv_frames = 20'000 + static_cast<std::uint64_t>(i % 100);
+      report.loaded_frames = static_cast<std::uint64_t>(i % 100);
+      report.step_ns = 20'000'000 + 1000 * (i % 100);
+      report.loads = {report.loaded_frames, 2600 * (i % 100), report.loaded_frames,
+                      2600 * (i % 100)};
+      state = pie::observe(state, report);
+      state.budget = pie::decide(demand, state, {aim, 0.05, 0});
+    }
+    std::printf("observing a step and deciding for %s: %.2f us\n",
+                aim == pie::Aim::transparent ? "transparency" : "throughput",
+                (now_us() - began) / rounds);
+  }
 }
 
 // Frames are taken and released in a pool that is nearly full and in pieces.
@@ -216,8 +248,10 @@ int main(int count, char** arguments) {
       const double frames = 1.0 * sequences * tokens / block_tokens * layers;
       if (host && frames > host_frames_max) continue;
       measure_steps(host, sequences, tokens, layers, 1.5);
+      measure_steps(host, sequences, tokens, layers, 2.5);
       measure_steps(host, sequences, tokens, layers, 0.5);
     }
+    measure_learning();
     measure_frames();
   } catch (const std::exception& error) {
     std::fprintf(stderr, "planning: %s\n", error.what());
