@@ -417,14 +417,13 @@ nb::tuple to_tuple(const pie::Event& event, std::uint64_t frame_bytes) {
 }
 
 nb::tuple to_tuple(const pie::StepEvent& step, std::uint64_t frame_bytes) {
-  return nb::make_tuple(step.step, step.decode, step.rows, step.began_ns, step.ended_ns,
-                        step.stall_ns, step.loads.frames * frame_bytes, step.loads.busy_ns,
-                        step.writes.frames * frame_bytes, step.writes.busy_ns,
-                        step.kv_frames * frame_bytes, step.resident_frames * frame_bytes,
-                        step.ring_frames * frame_bytes, step.budget.frames * frame_bytes,
-                        std::string(name_of(step.budget.reason)),
-                        step.load_ns > 0 ? static_cast<double>(frame_bytes) * 1e9 / step.load_ns : 0,
-                        step.slowdown);
+  return nb::make_tuple(
+      step.step, step.decode, step.rows, step.began_ns, step.ended_ns, step.stall_ns,
+      step.loads.frames * frame_bytes, step.loads.busy_ns, step.writes.frames * frame_bytes,
+      step.writes.busy_ns, step.kv_frames * frame_bytes, step.resident_frames * frame_bytes,
+      step.ring_frames * frame_bytes, step.budget.frames * frame_bytes,
+      std::string(name_of(step.budget.reason)),
+      step.load_ns > 0 ? static_cast<double>(frame_bytes) * 1e9 / step.load_ns : 0, step.slowdown);
 }
 
 nb::tuple take_trace(Cache& self) {

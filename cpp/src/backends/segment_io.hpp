@@ -35,9 +35,9 @@ struct Segment {
   std::uint64_t ticket_id = 0;
 };
 
-// `error` is 0 or an errno value. `ended` is `exact` with threads, and with io_uring where the caller
-// was waiting; else it is the time of the call that saw the end, since nobody else is there to look
-// at a clock.
+// `error` is 0 or an errno value. `ended` is `exact` with threads, and with io_uring where the
+// caller was waiting; else it is the time of the call that saw the end, since nobody else is there
+// to look at a clock.
 struct SegmentEnd {
   Lane lane = Lane::pool_to_device;
   std::uint64_t ticket_id = 0;

@@ -173,7 +173,7 @@ class UringIo final : public SegmentIo {
   bool open_ = false;
   int lost_ = 0;
   bool waited_ = false;  // just now, for what is reaped next
-  Bytes prepared_ = 0;  // since segments were handed on
+  Bytes prepared_ = 0;   // since segments were handed on
   std::array<Slot, slot_count> slots_{};
   std::vector<unsigned> free_;  // indices of unused slots
   std::vector<SegmentEnd> ended_;
