@@ -28,6 +28,7 @@ from pie.sizes import format_size
 
 SHARES = [0.9, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05]
 SETTLE, COUNT = 3, 3  # steps of a turn
+BLOCK = 16  # tokens: what is not full of a sequence stays on the device, of however little it is
 
 
 def plain_rate(directory: str) -> float:
@@ -62,13 +63,16 @@ def measure(model: Any, batch: int, tokens: int, rounds: int, place: str) -> lis
     streamed = dict.fromkeys(times, 0.0)
     before = stolen()
     with (
-        TieredCache(model.config, model.dtype, device_bytes=room, pool_bytes=None) as whole,
+        TieredCache(
+            model.config, model.dtype, device_bytes=room, pool_bytes=None, block_tokens=BLOCK
+        ) as whole,
         TieredCache(
             model.config,
             model.dtype,
             device_bytes=room,
             pool_bytes=needed + (64 << 20),
             pool_dir=place,
+            block_tokens=BLOCK,
         ) as part,
     ):
         for cache in (whole, part):
