@@ -87,6 +87,32 @@ def test_generates_the_tokens_of_transformers(model, attention: str, lengths: li
                 assert len(lengths) < 3 or cache.stats().streamed_bytes > 0
 
 
+class Fickle:
+    """Another share of what is held at every step."""
+
+    def __init__(self) -> None:
+        self.random = random.Random(4)
+
+    def streamed_bytes(self, stats: pie.Stats) -> int:
+        return int(stats.kv_bytes * self.random.random())
+
+
+@pytest.mark.parametrize("objective", ["transparent", "throughput"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_tokens_do_not_depend_on_a_policy_that_never_rests(
+    model, objective: str, beams: int
+) -> None:
+    inputs = batch([150, 97, 33])
+    expected = greedy(model, inputs, num_beams=beams)
+    model.set_attn_implementation("pie")
+    options = {**ROOMY, "policy": Fickle(), "objective": objective, "block_tokens": 16}
+    with TieredCache(model.config, model.dtype, **options) as cache:
+        assert torch.equal(greedy(model, inputs, cache=cache, num_beams=beams), expected)
+        cache.check()
+        assert cache.stats().streamed_bytes > 0
+        assert cache.stats().policy == "Fickle"
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_prompt_in_chunks(model, attention: str) -> None:
     inputs = batch([61, 20, 3])
