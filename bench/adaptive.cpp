@@ -73,19 +73,9 @@ void measure_scenarios() {
   const Serving serving = deep_machine();
   const std::size_t fits = pie::testing::fits(serving, {prompt, 128});
   for (const pie::testing::Scenario& scenario : pie::testing::scenarios(fits, steps)) {
-    const auto run = [&](const char* objective, std::size_t cap) {
-      const std::uint32_t kept = std::string(objective) == "transparent" ? scenario.ahead : ahead;
-      Server server(serving, "adaptive", pie::make_objective(objective, 0.05, 0), kept,
-                    scenario.faults);
-      return pie::testing::play(server, scenario, steps, cap);
-    };
-    double best = 0;
-    for (const double times : {0.8, 1.0, 1.15, 1.3, 1.5}) {
-      const auto cap = static_cast<std::size_t>(static_cast<double>(fits) * times);
-      best = std::max(best, run("throughput", cap).tokens_per_s);
-    }
-    const auto fast = run("throughput", 0);
-    const auto even = run("transparent", 0);
+    const double best = pie::testing::best_of_fixed(serving, scenario, steps, fits);
+    const auto fast = pie::testing::play_adaptive(serving, scenario, steps, "throughput");
+    const auto even = pie::testing::play_adaptive(serving, scenario, steps, "transparent");
     std::printf(
         "%-36s throughput %5.2f of the best of five fixed numbers, %d reversals; transparent "
         "%5.2f, "

@@ -72,8 +72,10 @@ void Controller::begin(bool decode, std::uint32_t rows, const Snapshot& snapshot
   EventLog& log = transfers_.log();
   if (!measures_ && !log.on()) return;
   demand_ = demand_of(snapshot);
-  if (ended_.size() >= steps_kept) interrupted_ = true;
-  if (ended_.size() >= steps_kept) return;
+  if (ended_.size() >= steps_kept) {
+    interrupted_ = true;
+    return;
+  }
   open_ = {};
   open_.decode = decode;
   open_.follows = !interrupted_ && decode;

@@ -154,11 +154,14 @@ def _generate(options: argparse.Namespace) -> int:
 def _try_outputs(options: argparse.Namespace) -> None:
     """Refuses, before anything takes long, files that cannot be written at the end."""
     for name in ("trace", "report"):
-        path = getattr(options, name)
-        if path is None:
+        if getattr(options, name) is None:
             continue
+        path = Path(getattr(options, name))
+        existed = path.exists()
         try:
-            Path(path).open("a").close()
+            path.open("a").close()
+            if not existed:
+                path.unlink()  # a command that is refused leaves nothing
         except OSError as error:
             raise ConfigError(
                 f"--{name} {path} cannot be written: {error.strerror or error}."

@@ -120,4 +120,27 @@ inline Outcome play(Server& server, const Scenario& scenario, int steps, std::si
   return static_cast<std::size_t>(tokens / (request.prompt + request.answer / 2.0));
 }
 
+// As many requests as the headroom allows. For throughput no more is kept free than what comes
+// soon.
+inline Outcome play_adaptive(const Serving& serving, const Scenario& scenario, int steps,
+                             const std::string& objective, Nanos* took = nullptr) {
+  const std::uint32_t ahead = objective == "throughput" ? 64 : scenario.ahead;
+  Server server(serving, "adaptive", make_objective(objective, 0.05, 0), ahead, scenario.faults);
+  const Outcome outcome = play(server, scenario, steps, 0);
+  if (took != nullptr) *took = server.now();
+  return outcome;
+}
+
+// Tokens a second with the best of five fixed numbers of requests at most.
+inline double best_of_fixed(const Serving& serving, const Scenario& scenario, int steps,
+                            std::size_t fits) {
+  double best = 0;
+  for (const double times : {0.8, 1.0, 1.15, 1.3, 1.5}) {
+    Server server(serving, "fit", {}, 64, scenario.faults);
+    const auto cap = static_cast<std::size_t>(static_cast<double>(fits) * times);
+    best = std::max(best, play(server, scenario, steps, cap).tokens_per_s);
+  }
+  return best;
+}
+
 }  // namespace pie::testing

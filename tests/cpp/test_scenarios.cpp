@@ -4,7 +4,6 @@
 
 #include <iostream>
 #include <string>
-#include <utility>
 
 #include "scenarios.hpp"
 
@@ -12,31 +11,10 @@ namespace pie {
 namespace {
 
 using testing::Outcome;
-using testing::play;
 using testing::Scenario;
-using testing::Server;
 using testing::Serving;
 
 constexpr int steps = 240;
-
-std::pair<Outcome, Nanos> adaptive(const Serving& serving, const Scenario& scenario,
-                                   const std::string& objective) {
-  // For throughput no more is kept free than what comes soon.
-  const std::uint32_t ahead = objective == "throughput" ? 64 : scenario.ahead;
-  Server server(serving, "adaptive", make_objective(objective, 0.05, 0), ahead, scenario.faults);
-  const Outcome outcome = play(server, scenario, steps, 0);
-  return {outcome, server.now()};
-}
-
-double best_fixed(const Serving& serving, const Scenario& scenario, std::size_t fits) {
-  double best = 0;
-  for (const double times : {0.8, 1.0, 1.15, 1.3, 1.5}) {
-    Server server(serving, "fit", {}, 64, scenario.faults);
-    const auto cap = static_cast<std::size_t>(static_cast<double>(fits) * times);
-    best = std::max(best, play(server, scenario, steps, cap).tokens_per_s);
-  }
-  return best;
-}
 
 void print(const std::string& name, const char* objective, const Outcome& found, double best) {
   std::cout << name << ", " << objective << ": " << found.tokens_per_s << " tokens/s, "
@@ -63,11 +41,13 @@ TEST_P(Scenarios, Reach) {
   const Serving serving = testing::small_machine();
   const std::size_t fits = testing::fits(serving, {2048, 128});
   const Scenario scenario = testing::scenarios(fits, steps)[GetParam()];
-  const double best = best_fixed(serving, scenario, fits);
-  const auto [fast, fast_ns] = adaptive(serving, scenario, "throughput");
+  const double best = testing::best_of_fixed(serving, scenario, steps, fits);
+  Nanos fast_ns = 0;
+  Nanos even_ns = 0;
+  const Outcome fast = testing::play_adaptive(serving, scenario, steps, "throughput", &fast_ns);
   print(scenario.name, "throughput", fast, best);
   EXPECT_GE(fast.tokens_per_s, 0.95 * best);
-  const auto [even, even_ns] = adaptive(serving, scenario, "transparent");
+  const Outcome even = testing::play_adaptive(serving, scenario, steps, "transparent", &even_ns);
   print(scenario.name, "transparent", even, best);
   EXPECT_LE(even.slow_share, 0.09);
   EXPECT_EQ(fast_ns, pinned[GetParam()].throughput_ns);

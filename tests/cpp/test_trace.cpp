@@ -77,7 +77,7 @@ TEST(Trace, OfAComputingThreadIsWhatIsCounted) {
   ASSERT_EQ(trace.steps.size(), 21U);
   EXPECT_EQ(trace.dropped, 0U);
   expect_whole(trace, geometry.layers);
-  const Bytes frame = stats.resident_frames == 0 ? 1 : geometry.frame_bytes();
+  const Bytes frame = geometry.frame_bytes();
   EXPECT_EQ(frames_of(trace, EventKind::load) * frame, stats.streamed_bytes);
   EXPECT_EQ(frames_of(trace, EventKind::write) * frame, stats.written_bytes);
   EXPECT_EQ(time_of(trace, EventKind::stall), stats.stall_ns);

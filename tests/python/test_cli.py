@@ -138,6 +138,13 @@ def test_what_cannot_be_written_is_refused_before(command: Command, option: str)
     assert err == f"pie: {option} /nowhere/at/all cannot be written: No such file or directory.\n"
 
 
+def test_a_refused_command_leaves_no_file(command: Command, tmp_path: Path) -> None:
+    files = [tmp_path / "trace.json", tmp_path / "report.html"]
+    options = ["--trace", str(files[0]), "--report", str(files[1]), "--model", "/no/model"]
+    assert command("--prompt", "w7", *options)[0] == 2
+    assert not any(file.exists() for file in files)
+
+
 def test_sampling_is_seeded(command: Command) -> None:
     options = ["--prompt", "w7 w8", "--max-new-tokens", "30", "--temperature", "1.5"]
     first, again, other = (command.json(*options, "--seed", seed) for seed in "112")
