@@ -180,6 +180,20 @@ std::uint32_t Scheduler::resize_pool(std::uint32_t target, std::uint32_t needed)
   return size.frames;
 }
 
+// Where nothing is held any more the pool keeps as much as it came to hold since the last time, and
+// a piece to grow into, for loads that repeat; the rest goes back to the system.
+void Scheduler::give_back_pool() {
+  if (!map_.sequences().empty()) return;
+  FramePool& pool = map_.pool();
+  const Bytes step = pool_growth_bytes / capabilities_.frame_stride;
+  const std::uint64_t kept = std::exchange(pool_frames_most_, 0) + step;
+  if (kept >= pool.limit()) return;
+  drain();
+  if (pool.used() > 0) return;
+  pool.set_limit(static_cast<std::uint32_t>(kept));
+  static_cast<void>(backend_.resize_pool(pool.limit()));
+}
+
 // Gives up pool copies of blocks that the plan keeps on the device, `needed` of them if there are
 // as many.
 bool Scheduler::reclaim_pool(std::uint32_t needed) {

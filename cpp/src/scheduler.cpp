@@ -986,6 +986,7 @@ void Scheduler::look_ahead() {
     }
   });
   grow_ahead();
+  pool_frames_most_ = std::max(pool_frames_most_, map_.pool().used());
   drop_unseen();
   land();
   const bool wrapped = cursor_.layer >= geometry_.layers;

@@ -249,6 +249,7 @@ class Scheduler {
   [[nodiscard]] FrameIndex take_pool_frame(LayerBlocks& layer, std::uint32_t needed, bool reclaim);
   [[nodiscard]] bool grow_pool(std::uint32_t frames);
   void grow_ahead();
+  void give_back_pool();
   std::uint32_t resize_pool(std::uint32_t target, std::uint32_t needed);
   [[nodiscard]] bool reclaim_pool(std::uint32_t needed);
   void soil(const BlockKey& key);
@@ -315,6 +316,7 @@ class Scheduler {
   std::vector<FrameIndex> pool_frames_taken_;  // for what is about to be written
   std::uint32_t copy_frames_ = 1;              // the most frames one ticket moves
   std::uint32_t pool_frames_ = 0;              // the most that the pool may come to hold
+  std::uint32_t pool_frames_most_ = 0;         // in use after a step, since nothing was held
   std::uint32_t wanted_frames_ = 0;            // as set_wanted says
   std::uint64_t in_place_frames_ = 0;
 };

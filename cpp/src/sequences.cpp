@@ -35,6 +35,7 @@ void Scheduler::free(Sequence& sequence) {
   while (!sequence.path.empty()) leave(sequence);
   map_.remove(sequence);
   tidy_up(path);
+  give_back_pool();
 }
 
 void Scheduler::truncate(Sequence& sequence, std::uint32_t tokens) {

@@ -333,5 +333,62 @@ TEST(Serving, HeadroomIsWhatCanBeAdmitted) {
   EXPECT_GT(cache.headroom().tokens, 4 * 2048U);
 }
 
+// Tells how many frames of the pool are usable.
+class PoolWatcher final : public testing::ProxyBackend {
+ public:
+  using ProxyBackend::ProxyBackend;
+  [[nodiscard]] std::uint32_t usable() const { return usable_; }
+  PoolSize resize_pool(std::uint32_t frames) override {
+    const PoolSize size = ProxyBackend::resize_pool(frames);
+    usable_ = size.frames;
+    return size;
+  }
+
+ private:
+  std::uint32_t usable_ = 0;
+};
+
+class NoCompute final : public LayerKernel {
+ public:
+  void append(const Append& /*rows*/) override {}
+  void attend(std::uint32_t /*layer*/, std::span<const KvPiece> /*pieces*/) override {}
+};
+
+// Loads that repeat find the pool as large as they left it; what only one of them needed goes back
+// to the system when the next that is smaller is over.
+TEST(Adaptive, ThePoolGivesBackWhatIsNotHeldAgain) {
+  const Geometry geometry{2, 8, 128, 64, DType::bf16};
+  SimOptions options;
+  options.frame_bytes = geometry.frame_bytes();
+  options.device_frames = 64;
+  options.pool_frames = 4000;
+  options.carry_bytes = false;
+  auto owned = std::make_unique<PoolWatcher>(open_sim(options));
+  PoolWatcher& backend = *owned;
+  Cache cache(geometry, "fit", std::move(owned));
+  NoCompute kernel;
+  const auto serve = [&](std::uint32_t blocks) {
+    const SequenceId sequence = cache.add();
+    for (std::uint32_t done = 0; done < blocks; done += 8) {
+      backend.rest();
+      const StepEntry entry{sequence, 8 * geometry.block_tokens};
+      cache.begin({&entry, 1}, Reader::kernel);
+      for (std::uint32_t layer = 0; layer < geometry.layers; ++layer) cache.run(layer, kernel);
+      cache.finish();
+    }
+    cache.check();
+    cache.free(sequence);
+    cache.check();
+  };
+  serve(800);
+  EXPECT_GE(backend.usable(), 1500U);
+  serve(800);
+  EXPECT_GE(backend.usable(), 1500U);
+  serve(40);
+  EXPECT_LE(backend.usable(), 400U);
+  serve(800);
+  EXPECT_GE(backend.usable(), 1500U);
+}
+
 }  // namespace
 }  // namespace pie
