@@ -292,6 +292,34 @@ TEST(Serving, IsTransparentWhileContextsGrow) {
   EXPECT_LE(slow, 10);  // of 200, most of them by less than a hundredth
 }
 
+// Each streamed frame comes over the link once a step, and each that fills goes out once: nothing
+// is fetched twice or for nobody. What the plan streams is what a layer finds in the pool as it
+// begins.
+TEST(Serving, MovesHardlyMoreThanThePlanStreams) {
+  Server server(small_machine(), "adaptive", make_objective("throughput", 0.05, 0));
+  for (int i = 0; i < 60; ++i) server.start({2048, 400});
+  for (int i = 0; i < 40; ++i) server.decode();
+  const Stats before = server.cache().stats();
+  server.cache().start_trace(1'000'000);
+  for (int i = 0; i < 128; ++i) server.decode();
+  const Trace trace = server.cache().take_trace();
+  const Stats after = server.cache().stats();
+  ASSERT_EQ(trace.dropped, 0U);
+  std::uint64_t streamed = 0;
+  for (const Event& event : trace.events) {
+    streamed += event.kind == EventKind::layer ? event.streamed : 0;
+  }
+  const Bytes filled = after.kv_bytes - before.kv_bytes;
+  const auto planned = static_cast<double>(streamed * trace.frame_bytes + filled);
+  const auto moved = static_cast<double>(after.streamed_bytes - before.streamed_bytes +
+                                         after.written_bytes - before.written_bytes);
+  std::cout << moved / planned << " of what was planned, of which "
+            << 100 * static_cast<double>(filled) / planned << " % is what filled\n";
+  EXPECT_GT(streamed, 0U);
+  EXPECT_LE(moved, 1.05 * planned);
+  EXPECT_GE(moved, 0.9 * planned);
+}
+
 TEST(Serving, GivesUpWhatALinkDoesNotBringAnyMore) {
   Server server(small_machine(), "adaptive", make_objective("throughput", 0.05, 0));
   serve(server, 160, 0, 2048);
