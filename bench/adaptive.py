@@ -3,8 +3,10 @@
 First the same steps under `adaptive` and under the best `fixed:F`, which a sweep of its own finds,
 in turn: the median of the rounds' ratios with its bootstrap interval. Then how many tokens may be
 held: sequences that start on the device grow for as long as the headroom allows it, by 5 % and 10 %
-of slack and for throughput. Beside it is what the arithmetic allows with the link, the step and the
-interference that were measured on the way, and how much longer a step has come to take.
+of slack and for throughput. What it offers in the end counts, too, and is less than they grow by.
+Beside it is what the arithmetic allows with the link, the step and the interference that were
+measured on the way, where they were (for throughput, what the link brings in a step), and how much
+longer a step has come to take.
 
     python bench/adaptive.py --rounds 90
 """
@@ -29,7 +31,6 @@ REACH = 0.85
 DEVICE_BYTES = 48 << 20
 BLOCK = 16  # tokens
 STEPS = 8  # between two looks at the headroom
-GROWTHS = 24  # at most
 OBJECTIVES = [("transparent", 0.05), ("transparent", 0.1), ("throughput", 0.05)]
 
 
@@ -116,20 +117,22 @@ def capacity(
         fill(cache, model, batch, length)
         alone = median_step(arm, ids)
         chunk = max(1, length // (16 * BLOCK)) * BLOCK
-        for _ in range(GROWTHS):
-            if cache.kv.headroom().tokens < (chunk + BLOCK) * batch:
-                break
+        while cache.kv.headroom().tokens >= (chunk + BLOCK) * batch:
             fill(cache, model, batch, chunk)
             length += chunk
             median_step(arm, ids)
         taken = median_step(arm, ids)
         stats = cache.stats()
-        held = length * batch + cache.kv.headroom().tokens
-    streamed = allowed(objective, slack, alone * 1e9, stats)
-    bound = (DEVICE_BYTES + streamed * (1 - 2.5 / layers)) / token
+        offered = cache.kv.headroom().tokens
+    held = length * batch
+    bound = of_bound = "-"
+    if stats.link_bytes_per_s > 0:
+        streamed = allowed(objective, slack, alone * 1e9, stats)
+        most = (DEVICE_BYTES + streamed * (1 - 2.5 / layers)) / token
+        bound, of_bound = f"{most:.0f}", f"{(held + offered) / most:.2f}"
     name = objective if objective == "throughput" else f"{objective} {slack:.0%}"
     print(
-        f"  {batch:9} {name:<16} {held:8.0f} {bound:8.0f} {held / bound:8.2f} {alone * 1e3:9.1f} "
+        f"  {batch:9} {name:<16} {held:6} {offered:8} {bound:>6} {of_bound:>9} {alone * 1e3:9.1f} "
         f"{taken / alone:9.2f} {stats.link_bytes_per_s / 1e9:6.2f} "
         f"{stats.interference_ns_per_byte:8.2f}   {stats.budget_reason}"
     )
@@ -151,8 +154,8 @@ def main() -> int:
         reached = compare(arguments, model) if arguments.rounds > 0 else True
         print(f"\ntokens that {format_size(DEVICE_BYTES)} of device hold; to reach: {REACH}")
         print(
-            "  sequences objective            held    bound held/bound step, ms  of alone   GB/s"
-            "  ns/byte"
+            "  sequences objective          held  offered  bound  of bound  step, ms  of alone"
+            "   GB/s  ns/byte"
         )
         for batch in arguments.batches:
             for objective, slack in OBJECTIVES:

@@ -35,7 +35,6 @@ void Scheduler::free(Sequence& sequence) {
   while (!sequence.path.empty()) leave(sequence);
   map_.remove(sequence);
   tidy_up(path);
-  give_back_pool();
 }
 
 void Scheduler::truncate(Sequence& sequence, std::uint32_t tokens) {
@@ -75,6 +74,7 @@ void Scheduler::tidy_up(const std::vector<std::uint64_t>& path) {
   try {
     drop_unseen();
     for (const std::uint64_t branch : path) join_up(branch);
+    give_back_pool();
   } catch (const std::bad_alloc&) {
     return;
   }

@@ -144,6 +144,13 @@ class SimMachine final : public Machine {
   SimBackend& sim_;
 };
 
+// Computes nothing.
+class IdleKernel final : public LayerKernel {
+ public:
+  void append(const Append& /*rows*/) override {}
+  void attend(std::uint32_t /*layer*/, std::span<const KvPiece> /*pieces*/) override {}
+};
+
 // Stamps what it stores and compares the stamps of what it reads, at once or, where compute runs on
 // a stream, when the stream gets there. What a step that was aborted read does not matter.
 class StampKernel final : public LayerKernel {

@@ -8,6 +8,7 @@
 
 #include "pie/adapting.hpp"
 #include "pie/error.hpp"
+#include "reference_model.hpp"
 #include "serving.hpp"
 
 namespace pie {
@@ -376,12 +377,6 @@ class PoolWatcher final : public testing::ProxyBackend {
   std::uint32_t usable_ = 0;
 };
 
-class NoCompute final : public LayerKernel {
- public:
-  void append(const Append& /*rows*/) override {}
-  void attend(std::uint32_t /*layer*/, std::span<const KvPiece> /*pieces*/) override {}
-};
-
 // Loads that repeat find the pool as large as they left it; what only one of them needed goes back
 // to the system when the next that is smaller is over.
 TEST(Adaptive, ThePoolGivesBackWhatIsNotHeldAgain) {
@@ -394,7 +389,7 @@ TEST(Adaptive, ThePoolGivesBackWhatIsNotHeldAgain) {
   auto owned = std::make_unique<PoolWatcher>(open_sim(options));
   PoolWatcher& backend = *owned;
   Cache cache(geometry, "fit", std::move(owned));
-  NoCompute kernel;
+  testing::IdleKernel kernel;
   const auto serve = [&](std::uint32_t blocks) {
     const SequenceId sequence = cache.add();
     for (std::uint32_t done = 0; done < blocks; done += 8) {

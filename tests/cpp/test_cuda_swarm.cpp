@@ -23,6 +23,7 @@ namespace pie {
 namespace {
 
 using testing::Caller;
+using testing::IdleKernel;
 using testing::Mismatch;
 using testing::Model;
 
@@ -339,13 +340,6 @@ TEST(CudaSwarm, NoOrderOfDoingThingsIsSeen) {
   }
 }
 
-// Computes nothing.
-class Idle final : public LayerKernel {
- public:
-  void append(const Append& /*rows*/) override {}
-  void attend(std::uint32_t /*layer*/, std::span<const KvPiece> /*pieces*/) override {}
-};
-
 // What a decode step of 256 sequences through 60 layers, half of whose KV is streamed, asks of the
 // driver: two loads a layer, what is left of one layer and what there is room for of the next, and
 // a write or two a step.
@@ -366,7 +360,7 @@ TEST(CudaSteps, CostFewCalls) {
   CUstream stream = Caller::get().stream(1);
   Cache cache(geometry, "fixed:0.5", std::move(backend));
   cache.set_stream({reinterpret_cast<std::uintptr_t>(stream)});
-  Idle kernel;
+  IdleKernel kernel;
   const auto step = [&](std::span<const StepEntry> batch) {
     cache.begin(batch, Reader::kernel);
     for (std::uint32_t layer = 0; layer < layers; ++layer) cache.run(layer, kernel);
@@ -424,7 +418,7 @@ TEST(CudaSteps, RefuseStreamsThatCannotBeOrdered) {
   EXPECT_EQ(fake::end_capture(), 0U);
 
   fake::begin_capture(Caller::get().stream(2));
-  Idle kernel;
+  IdleKernel kernel;
   for (int i = 0; i < 3; ++i) {
     cache.begin({&entry, 1}, Reader::kernel);
     for (std::uint32_t layer = 0; layer < 2; ++layer) cache.run(layer, kernel);
