@@ -1,7 +1,8 @@
 // What a server gains that admits by the cache's headroom, on simulated machines.
 //
 //   adaptive [steps]      on three machines, requests as fast as they are admitted
-//   adaptive scenarios    on one, loads and machines that change: see tests/cpp/scenarios.hpp
+//   adaptive scenarios    on five, loads and machines that change: see tests/cpp/scenarios.hpp
+//   adaptive scenarios N  on the N-th of them
 //
 // Requests of 2,048 tokens come as fast as they are admitted, answer 64 to 319 tokens each, and go.
 // First with fixed numbers of them at once, from what the device holds (1.00) up; then as many as
@@ -12,6 +13,7 @@
 #include <cstdlib>
 #include <exception>
 #include <string>
+#include <vector>
 
 #include "scenarios.hpp"
 
@@ -68,20 +70,21 @@ Serving deep_machine() {
   return serving;
 }
 
-void measure_scenarios() {
+void measure_scenarios(const Serving& serving) {
   constexpr int steps = 240;
-  const Serving serving = deep_machine();
-  const std::size_t fits = pie::testing::fits(serving, {prompt, 128});
-  for (const pie::testing::Scenario& scenario : pie::testing::scenarios(fits, steps)) {
+  const pie::testing::Request usual = pie::testing::usual_request(serving);
+  const std::size_t fits = pie::testing::fits(serving, usual);
+  std::printf("%s: the device holds %zu requests of %u tokens\n", serving.name.c_str(), fits,
+              usual.prompt);
+  for (const auto& scenario : pie::testing::scenarios(usual, fits, steps)) {
     const double best = pie::testing::best_of_fixed(serving, scenario, steps, fits);
     const auto fast = pie::testing::play_adaptive(serving, scenario, steps, "throughput");
     const auto even = pie::testing::play_adaptive(serving, scenario, steps, "transparent");
     std::printf(
-        "%-36s throughput %5.2f of the best of five fixed numbers, %d reversals; transparent "
-        "%5.2f, "
-        "%4.1f %% of steps beyond 1.05\n",
+        "  %-34s throughput %5.2f of the best of five fixed numbers, %d reversals; transparent "
+        "%5.2f, %4.1f %% of steps beyond 1.05, room for %.2f of what arithmetic allows\n",
         scenario.name.c_str(), fast.tokens_per_s / best, fast.reversals, even.tokens_per_s / best,
-        100 * even.slow_share);
+        100 * even.slow_share, even.capacity);
     std::fflush(stdout);
   }
 }
@@ -93,7 +96,12 @@ int main(int argc, char** argv) {
   const int steps = argc > 1 ? std::atoi(argv[1]) : 480;
   try {
     if (scenarios) {
-      measure_scenarios();
+      const std::vector<Serving> machines = {
+          deep_machine(), pie::testing::gh200_opt_13b(), pie::testing::h100_llama_8b(),
+          pie::testing::rtx4090_27b(), pie::testing::cpu_small()};
+      const std::size_t first = argc > 2 ? std::strtoul(argv[2], nullptr, 10) - 1 : 0;
+      const std::size_t last = argc > 2 ? first + 1 : machines.size();
+      for (std::size_t i = first; i < last; ++i) measure_scenarios(machines.at(i));
       return 0;
     }
     for (const Serving& serving :

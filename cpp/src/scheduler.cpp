@@ -681,17 +681,20 @@ void Scheduler::store(LayerKernel& kernel) {
   }
 }
 
-// A long step may append more than the device holds: of the blocks that the step itself has begun
-// and filled, those that the plan streams are written at once. They do not count until finish, so
-// an abort just drops them. The block that was partial before the step stays as it is.
+// Of the blocks that a long step itself has begun and filled, what is to be written is written at
+// once: it may append more than the device holds, and the step after it is not to wait for all
+// that. They do not count until finish, so an abort just drops them. The block that was partial
+// before the step stays as it is, and so does what was not written before.
 void Scheduler::write_begun(const Visit& visit, std::uint32_t full) {
   Branch& branch = *visit.sequence->path.back();
   LayerBlocks& blocks = branch.layers[layer_];
   const std::uint32_t begun = blocks_of(visit.sequence->tokens) - branch.first;
-  const std::uint32_t limit = std::min(full - branch.first, blocks.streamed);
+  const std::uint32_t filled = full - branch.first;
+  const std::uint32_t limit = plan_.write_behind ? filled : std::min(filled, blocks.streamed);
   if (limit <= begun) return;
-  blocks.written = std::max(blocks.written, begun);
+  const std::uint32_t before = std::exchange(blocks.written, std::max(blocks.written, begun));
   write_full(branch, layer_, limit);
+  if (before < begun) blocks.written = std::min(before, blocks.written);
 }
 
 // Blocks [0, end) of a layer, those that the plan streams, are read where they lie in the pool.

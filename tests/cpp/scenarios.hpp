@@ -24,17 +24,31 @@ struct Scenario {
   SimFaults faults = {};
 };
 
-// `fits`: requests that the device holds at once.
-[[nodiscard]] inline std::vector<Scenario> scenarios(std::size_t fits, int steps) {
+// Requests that the device of a machine holds at once, half way through their answers.
+[[nodiscard]] inline std::size_t fits(const Serving& serving, const Request& request) {
+  const auto tokens =
+      static_cast<double>(serving.device_bytes) * serving.geometry.block_tokens /
+      (static_cast<double>(serving.geometry.frame_bytes()) * serving.geometry.layers);
+  return static_cast<std::size_t>(tokens / (request.prompt + request.answer / 2.0));
+}
+
+// Prompts of 2,048 tokens, or as much shorter as it takes for the device to hold 32 of them: with
+// fewer, which number of them is best says more of how they divide the device than of the machine.
+[[nodiscard]] inline Request usual_request(const Serving& serving) {
+  Request usual{2048, 128};
+  while (fits(serving, usual) < 32 && usual.prompt > 128) usual = {usual.prompt / 2, usual.answer};
+  return usual;
+}
+
+// `usual`: what is requested, of which the device holds `fits` at once.
+[[nodiscard]] inline std::vector<Scenario> scenarios(const Request& usual, std::size_t fits,
+                                                     int steps) {
   const int third = steps / 3;
   const auto many = [fits](int) { return 4 * fits; };
-  const Request usual{2048, 128};
+  const Request growing{usual.prompt / 2, usual.prompt * 75 / 128};
   const auto slow_link = [third](Server& server, int step) {
-    SimFaults slow;
-    slow.slow = 1;
-    slow.slow_factor = 4;
-    if (step == third) server.sim().set_faults(slow);
-    if (step == 2 * third) server.sim().set_faults({});
+    if (step == third) server.slow_link(4);
+    if (step == 2 * third) server.slow_link(1);
   };
   SimFaults lying;
   lying.lying = 1;
@@ -47,11 +61,11 @@ struct Scenario {
   const auto burst = [fits, third](int step) {
     return step < third || step >= 2 * third ? fits * 3 / 4 : fits * 3 / 2;
   };
-  const auto prompts = [](Server& server, int step) {
-    if (step % 16 == 0) server.prefill({4096, 0});
+  const auto prompts = [usual](Server& server, int step) {
+    if (step % 16 == 0) server.prefill({2 * usual.prompt, 0});
   };
   return {{"steady decode", many, usual},
-          {"growing contexts", many, {1024, 1200}, [](Server&, int) {}, {}, 1800},
+          {"growing contexts", many, growing, [](Server&, int) {}, {}, growing.answer * 3 / 2},
           {"a burst comes and goes", burst, usual, [](Server&, int) {}, {third, 2 * third}},
           {"long prompts in between", many, usual, prompts},
           {"a link 4 times slower for a while", many, usual, slow_link, {third, 2 * third}},
@@ -65,6 +79,7 @@ struct Outcome {
   double tokens_per_s = 0;
   double slow_share = 0;  // of decode steps took more than 1.05 of what they would have alone
   double running = 0;     // on average
+  double capacity = 0;    // on average, of what arithmetic allows: see `tokens_allowed`
   int reversals = 0;      // of the budget's direction
   int counted = 0;        // steps
 };
@@ -99,6 +114,7 @@ inline Outcome play(Server& server, const Scenario& scenario, int steps, std::si
     time += server.now() - began;
     slow += server.step_ns() > 1.05 * server.alone_ns() ? 1 : 0;
     outcome.running += static_cast<double>(server.running());
+    outcome.capacity += server.capacity_share(0.05);
     const Bytes now = server.cache().stats().budget_bytes;
     const int way = now > budget ? 1 : now < budget ? -1 : 0;
     outcome.reversals += budget > 0 && way * sign < 0 ? 1 : 0;
@@ -109,15 +125,8 @@ inline Outcome play(Server& server, const Scenario& scenario, int steps, std::si
   outcome.tokens_per_s = tokens * 1e9 / static_cast<double>(time);
   outcome.slow_share = slow / outcome.counted;
   outcome.running /= outcome.counted;
+  outcome.capacity /= outcome.counted;
   return outcome;
-}
-
-// Requests that the device of a machine holds at once, half way through their answers.
-[[nodiscard]] inline std::size_t fits(const Serving& serving, const Request& request) {
-  const auto tokens =
-      static_cast<double>(serving.device_bytes) * serving.geometry.block_tokens /
-      (static_cast<double>(serving.geometry.frame_bytes()) * serving.geometry.layers);
-  return static_cast<std::size_t>(tokens / (request.prompt + request.answer / 2.0));
 }
 
 // As many requests as the headroom allows. For throughput no more is kept free than what comes

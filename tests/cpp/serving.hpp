@@ -86,7 +86,7 @@ struct Serving {
 [[nodiscard]] inline Serving cpu_small() {
   return {"2 cores, 135M",
           {30, 3, 64, 64, DType::bf16},
-          48'000'000,
+          480'000'000,
           1'000'000'000,
           30e6,
           10e9,
@@ -105,6 +105,26 @@ struct Serving {
   serving.weights_ns = 4e6;
   serving.prefill_ns_per_token = 2e3;
   return serving;
+}
+
+// Tokens of KV that a step of the machine can read and be within `slack` of what it would take with
+// all of it on the device, by arithmetic: what is streamed arrives in time, and costs the
+// computation beside it no more than the slack. As in `room`, two and a half of its layers lie in
+// the ring.
+[[nodiscard]] inline double tokens_allowed(const Serving& serving, double device_bytes,
+                                           double link_bytes_per_s, double slack) {
+  const double kept = 1 - 2.5 / serving.geometry.layers;
+  const double byte_ns = 1e9 / serving.memory_bytes_per_s;
+  const double full_ns = serving.weights_ns + device_bytes * byte_ns;
+  // What a byte streamed takes beyond what it earns by being read.
+  const double beside_ns = (serving.interference - slack * kept) * byte_ns;
+  const double link_ns = 1e9 / link_bytes_per_s - (1 + slack) * kept * byte_ns;
+  double streamed = static_cast<double>(serving.pool_bytes);
+  if (beside_ns > 0) streamed = std::min(streamed, slack * full_ns / beside_ns);
+  if (link_ns > 0) streamed = std::min(streamed, (1 + slack) * full_ns / link_ns);
+  const double token_bytes = static_cast<double>(serving.geometry.frame_bytes()) *
+                             serving.geometry.layers / serving.geometry.block_tokens;
+  return (device_bytes + kept * streamed) / token_bytes;
 }
 
 struct Request {
@@ -159,13 +179,31 @@ class Server {
   [[nodiscard]] Nanos now() const { return sim_->now(); }
   [[nodiscard]] double streamed_share() const { return streamed_share_; }
 
+  // From now on a copy takes so many times as long.
+  void slow_link(double factor) {
+    SimFaults faults;
+    faults.slow = 1;
+    faults.slow_factor = factor;
+    sim_->set_faults(faults);
+    link_factor_ = factor;
+  }
+
+  // What runs and what can be admitted beside it by the headroom, of what arithmetic allows.
+  [[nodiscard]] double capacity_share(double slack) const {
+    auto tokens = static_cast<double>(cache_->headroom().tokens);
+    for (const Running& one : running_)
+      tokens += static_cast<double>(in_blocks(cache_->length(one.sequence)));
+    return tokens / tokens_allowed(serving_, static_cast<double>(cache_->stats().device_bytes),
+                                   serving_.link_bytes_per_s / link_factor_, slack);
+  }
+
   // What the last decode step took, and what it would have with all its KV on the device.
   [[nodiscard]] double step_ns() const { return step_ns_; }
   [[nodiscard]] double alone_ns() const { return alone_ns_; }
 
   // Admits one where there is room for it and for what comes soon by the headroom.
   bool admit(const Request& request) {
-    const std::uint64_t tokens = request.prompt + std::min(request.answer, ahead_);
+    const std::uint64_t tokens = in_blocks(request.prompt + std::min(request.answer, ahead_));
     if (cache_->headroom().tokens < tokens + promised()) return false;
     start(request);
     return true;
@@ -244,10 +282,19 @@ class Server {
 
   [[nodiscard]] std::uint64_t loaded() const { return backend_->loads(); }
 
-  // Tokens that those that run will take soon.
+  // Room for so many tokens of a sequence: it takes whole blocks.
+  [[nodiscard]] std::uint64_t in_blocks(std::uint64_t tokens) const {
+    const std::uint64_t block = serving_.geometry.block_tokens;
+    return (tokens + block - 1) / block * block;
+  }
+
+  // Room that those that run will take soon.
   [[nodiscard]] std::uint64_t promised() const {
     std::uint64_t tokens = 0;
-    for (const Running& one : running_) tokens += std::min(one.left, ahead_);
+    for (const Running& one : running_) {
+      const std::uint64_t length = cache_->length(one.sequence);
+      tokens += in_blocks(length + std::min(one.left, ahead_)) - in_blocks(length);
+    }
     return tokens;
   }
 
@@ -283,6 +330,7 @@ class Server {
   double step_ns_ = 0;
   double alone_ns_ = 0;
   double streamed_share_ = 0;
+  double link_factor_ = 1;
 };
 
 // What a while of serving came to.
