@@ -17,6 +17,7 @@ namespace {
 constexpr double base_drift = 4e-7;  // variances, a step
 constexpr double slope_drift = 1e-10;
 constexpr double slope_unknown = 0.1;
+constexpr double doubt_unknown = 2;  // of a step, if all that it reads were streamed
 constexpr double noise_least = 1e-4;
 constexpr double stray_share = 0.1;  // this far from what was predicted, and
 constexpr double stray_sigmas = 4;   // this many deviations, is another phase
@@ -32,7 +33,11 @@ constexpr double margin_pace = 0.5;     // of what a step is beyond the margin
 constexpr double margin_kept = 0.99;    // a step
 constexpr double worth_raising = 0.06;  // of the budget, so that it rests where nothing changes
 constexpr double worth_lowering = 0.04;
-constexpr int steps_of_search = 256;
+constexpr int steps_of_search = 64;         // of a search, of two
+constexpr std::uint32_t probes_most = 128;  // steps
+constexpr std::uint64_t probes_at_once = 8;
+constexpr double doubt_kept = 0.005;      // of a step: less is not worth a probe
+constexpr double harmless_slack = 0.025;  // of a step, where throughput is wanted
 
 double as_double(std::uint64_t value) { return static_cast<double>(value); }
 
@@ -81,9 +86,24 @@ double StepModel::predict_ns(double kv_frames, double loaded_frames) const {
   return std::max(1.0, unit_ns_ * (value_[0] * x[0] + value_[1] * x[1] + value_[2] * x[2]));
 }
 
+double StepModel::doubt_ns(double kv_frames, double loaded_frames) const {
+  if (!streamed_) {
+    const double share = loaded_frames / std::max(1.0, kv_frames);
+    return doubt_unknown * share * predict_ns(kv_frames, 0);
+  }
+  const double variance = variance_[1][1] + 2 * variance_[1][2] + variance_[2][2];
+  return loaded_frames / unit_frames_ * unit_ns_ * std::sqrt(std::max(0.0, variance));
+}
+
 void StepModel::observe(const StepReport& report) {
   if (report.step_ns <= report.stall_ns) return;
   if (samples_ == 0) restart(report);
+  if (!streamed_ && report.loaded_frames > 0) {
+    const double doubt = doubt_ns(as_double(report.kv_frames), unit_frames_) / unit_ns_;
+    variance_[2] = {0, 0, doubt * doubt};
+    variance_[0][2] = variance_[1][2] = 0;
+    streamed_ = true;
+  }
   const double measured = static_cast<double>(report.step_ns - report.stall_ns) / unit_ns_;
   const Vector x = inputs(as_double(report.kv_frames), as_double(report.loaded_frames));
   Vector gain{};  // variance * x, later over its deviation
@@ -159,6 +179,8 @@ void follow(const LinkUse& use, double& frame_ns) {
 State observe(const State& state, const StepReport& report) {
   State next = state;
   next.decode.observe(report);
+  ++next.steps;
+  if (state.budget.probe > 0 && report.loaded_frames > 0) ++next.probes;
   follow(report.loads, next.load_ns);
   const bool timed = is_timed(report.loads);
   const bool first = state.load_ns == 0 && !timed;
@@ -195,72 +217,112 @@ State observe(const State& state, const StepReport& report) {
 // ---- how much -----------------------------------------------------------------------------------
 
 double room(const Demand& demand, std::uint64_t streamed_frames) {
-  const double kept = std::max(0.0, 1 - 2.5 / demand.layers);
-  return as_double(demand.device_frames) + as_double(streamed_frames) * kept;
+  const auto device = as_double(demand.device_frames);
+  const auto streamed = as_double(streamed_frames);
+  const double two_copies = std::min(2.0 * demand.copy_frames, device / 8);
+  const double ring = std::max(2.5 * streamed / demand.layers, two_copies);
+  return device + std::max(0.0, streamed - ring);
 }
 
 namespace {
 
+std::uint64_t a_little_of(const Demand& demand) { return demand.device_frames / 16; }
+
 // What makes a step beyond the objective; nothing where it is within.
 std::optional<Reason> beyond(const State& state, const Objective& objective, double kv,
                              double streamed) {
-  const double takes = step_ns(state, kv, streamed);
+  const double takes = step_ns(state, kv, streamed) + state.decode.doubt_ns(kv, streamed);
   if (objective.step_ns_max > 0 && takes > static_cast<double>(objective.step_ns_max)) {
     return Reason::latency;
   }
   const double margin = std::min(state.margin, objective.slack / 2);
   const double most = (1 + objective.slack) * state.decode.predict_ns(kv, 0);
   if (objective.aim == Aim::throughput || takes * (1 + margin) <= most) return {};
-  return takes > state.decode.predict_ns(kv, streamed) ? Reason::link : Reason::interference;
+  const bool waits = step_ns(state, kv, streamed) > state.decode.predict_ns(kv, streamed);
+  return waits ? Reason::link : Reason::interference;
 }
 
-// The most that the objective allows, or where throughput is wanted the best of that.
-Budget aimed_at(const Demand& demand, const State& state, const Objective& objective) {
-  Budget found{0, Reason::pool};
-  // What takes the link four steps is beyond every objective.
-  const double alone = state.decode.predict_ns(as_double(demand.device_frames), 0);
-  const double most = std::min(as_double(demand.pool_frames), 4 * alone / state.load_ns);
+// The most between two budgets that the objective allows, or where throughput is wanted the best.
+Budget search(const Demand& demand, const State& state, const Objective& objective, double least,
+              double most) {
+  Budget found{static_cast<std::uint64_t>(least), 0, Reason::pool};
   double best = 0;
   for (int i = 0; i <= steps_of_search; ++i) {
-    const auto frames = static_cast<std::uint64_t>(most * i / steps_of_search);
-    const double streamed = as_double(frames);
+    const double streamed = std::floor(least + (most - least) * i / steps_of_search);
+    const auto frames = static_cast<std::uint64_t>(streamed);
     const double kv = room(demand, frames);
     if (const auto reason = beyond(state, objective, kv, streamed)) {
       found.reason = *reason;
       break;
     }
-    const double rate = kv / step_ns(state, kv, streamed);
-    if (objective.aim == Aim::throughput && rate < best) {
+    const double takes = step_ns(state, kv, streamed) + state.decode.doubt_ns(kv, streamed);
+    if (objective.aim == Aim::throughput && kv / takes < best) {
       found.reason = Reason::best;
       continue;
     }
-    best = rate;
-    found = {frames, Reason::pool};
+    best = kv / takes;
+    found = {frames, 0, Reason::pool};
   }
   return found;
 }
 
-// The way back may be as fast as the way to the pool; it is taken for half as fast.
-Budget explore(const Demand& demand, State guess, const Objective& objective,
-               std::uint64_t a_little) {
-  guess.load_ns = 2 * guess.write_ns;
-  const std::uint64_t frames =
-      guess.write_ns == 0 ? a_little : aimed_at(demand, guess, objective).frames;
-  return {std::min({frames, demand.pool_frames, 2 * a_little}), Reason::exploring};
+// Among all budgets, and then around what was found.
+Budget aimed_at(const Demand& demand, const State& state, const Objective& objective) {
+  // What takes the link four steps is beyond every objective.
+  const double alone = state.decode.predict_ns(as_double(demand.device_frames), 0);
+  double most = as_double(demand.pool_frames);
+  if (state.load_ns > 0) most = std::min(most, 4 * alone / state.load_ns);
+  const double found = as_double(search(demand, state, objective, 0, most).frames);
+  const double around = most / steps_of_search;
+  return search(demand, state, objective, std::max(0.0, found - around),
+                std::min(most, found + around));
+}
+
+// What does little harm where the device is full, whatever it costs. While nothing has come back
+// from the pool, the link is taken for half as fast as the way there.
+std::uint64_t harmless(const Demand& demand, const State& state, Objective objective) {
+  State guess = state;
+  if (guess.load_ns == 0) guess.load_ns = 2 * guess.write_ns;
+  objective.slack = objective.aim == Aim::throughput ? harmless_slack : objective.slack / 2;
+  objective.aim = Aim::transparent;
+  return std::min(aimed_at(demand, guess, objective).frames, a_little_of(demand));
+}
+
+Budget next_of(const Demand& demand, const State& state, const Objective& objective) {
+  const Budget& now = state.budget;
+  if (!state.decode.is_known()) return {0, 0, Reason::starting};
+  if (state.load_ns == 0) return {harmless(demand, state, objective), 0, Reason::exploring};
+  Budget next = aimed_at(demand, state, objective);
+  const double change = as_double(next.frames) - as_double(now.frames);
+  const double worth = change > 0 ? worth_raising : worth_lowering;
+  if (std::abs(change) < worth * as_double(now.frames)) return {now.frames, 0, next.reason};
+  const std::uint64_t most = now.frames + now.frames / 8 + a_little_of(demand) / 4;
+  next.frames = std::min(next.frames, most);
+  return next;
+}
+
+// Before there is need of it: where more is held than half of what the device can, and while doubt
+// takes a good part of what the objective allows. For a few steps, and then for as many not, since
+// it is by the difference that it shows.
+std::uint64_t probe(const Demand& demand, const State& state, const Objective& objective,
+                    std::uint64_t budget) {
+  if (!demand.asked || 2 * demand.active_frames < demand.device_frames) return 0;
+  if (!state.decode.is_known() || state.probes >= probes_most) return 0;
+  if (state.steps / probes_at_once % 2 == 1) return 0;
+  Demand held = demand;
+  held.device_frames = std::min(demand.device_frames, demand.active_frames);
+  const std::uint64_t little = harmless(held, state, objective);
+  const auto kv = as_double(demand.active_frames);
+  const double doubt = state.decode.doubt_ns(kv, as_double(std::max(budget, little)));
+  const double tolerable = doubt_kept * state.decode.predict_ns(kv, 0);
+  return state.load_ns > 0 && doubt < tolerable ? 0 : little;
 }
 
 }  // namespace
 
 Budget decide(const Demand& demand, const State& state, const Objective& objective) {
-  const Budget& now = state.budget;
-  if (!state.decode.is_known()) return {0, Reason::starting};
-  const std::uint64_t a_little = demand.device_frames / 16;
-  if (state.load_ns == 0) return explore(demand, state, objective, a_little);
-  Budget next = aimed_at(demand, state, objective);
-  const double change = as_double(next.frames) - as_double(now.frames);
-  const double worth = change > 0 ? worth_raising : worth_lowering;
-  if (std::abs(change) < worth * as_double(now.frames)) return {now.frames, next.reason};
-  next.frames = std::min(next.frames, now.frames + now.frames / 8 + a_little / 4);
+  Budget next = next_of(demand, state, objective);
+  next.probe = probe(demand, state, objective, next.frames);
   return next;
 }
 

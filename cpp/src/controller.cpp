@@ -31,6 +31,7 @@ Demand demand_of(const Snapshot& snapshot) {
   demand.device_frames = snapshot.device_frames;
   demand.pool_frames = snapshot.pool_frames - std::min<std::uint64_t>(snapshot.pool_frames, idle);
   demand.layers = snapshot.layers;
+  demand.copy_frames = snapshot.copy_frames_best;
   return demand;
 }
 
@@ -72,6 +73,7 @@ void Controller::begin(bool decode, std::uint32_t rows, const Snapshot& snapshot
   EventLog& log = transfers_.log();
   if (!measures_ && !log.on()) return;
   demand_ = demand_of(snapshot);
+  demand_.asked = asked_;
   if (ended_.size() >= steps_kept) {
     interrupted_ = true;
     return;
@@ -211,9 +213,13 @@ Trace Controller::take_trace() {
 
 // ---- room ---------------------------------------------------------------------------------------
 
-Headroom Controller::headroom(const Snapshot& snapshot) const {
+Headroom Controller::headroom(const Snapshot& snapshot) {
+  asked_ = true;
   Demand demand = demand_of(snapshot);
-  demand.active_frames += snapshot.pool_frames - demand.pool_frames;
+  demand.active_frames = 0;
+  for (const BranchView& view : snapshot.branches) {
+    demand.active_frames += std::uint64_t{view.full_blocks + view.pinned_blocks} * view.layers;
+  }
   demand.pool_frames = snapshot.pool_frames;
   if (!measures_) demand.pool_frames = 0;
   const auto tokens = [&](double frames) {

@@ -46,7 +46,7 @@ class Controller {
   [[nodiscard]] const State& state() const { return state_; }
 
   // Between steps. Counts all that is held as read by the steps to come.
-  [[nodiscard]] Headroom headroom(const Snapshot& snapshot) const;
+  [[nodiscard]] Headroom headroom(const Snapshot& snapshot);
 
  private:
   // When something happened, by a fence if need be.
@@ -91,7 +91,8 @@ class Controller {
   const double frames_per_token_;
   Objective objective_;
   State state_;
-  Demand demand_;  // of the last step
+  Demand demand_;       // of the last step
+  bool asked_ = false;  // for the headroom, ever
   bool is_open_ = false;
   Step open_;
   std::vector<Step> ended_;  // whose time is not known yet

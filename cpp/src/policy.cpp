@@ -148,7 +148,13 @@ Plan plan_ring(const Snapshot& snapshot, const Totals& totals, std::uint64_t wan
   const std::uint64_t room =
       snapshot.device_frames > totals.pinned ? snapshot.device_frames - totals.pinned : 0;
   const std::uint64_t excess = totals.full() > room ? totals.full() - room : 0;
-  if (excess == 0 && wanted == 0) return plan;
+  if (excess == 0 && wanted == 0) {
+    // Where nothing else needs its room it stays for steps that stream again: to come back it would
+    // have to wait for copies out of the frames that it takes.
+    plan.ring_frames = static_cast<std::uint32_t>(
+        std::min<std::uint64_t>(snapshot.ring_frames, room - totals.full()));
+    return plan;
+  }
 
   // Idle branches are not read, so setting them aside costs neither ring nor link.
   std::uint64_t idle = std::min(totals.full_idle, excess);

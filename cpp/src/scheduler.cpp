@@ -65,8 +65,7 @@ void Scheduler::begin(std::span<const Growth> batch, const StepShape& shape) {
   const Snapshot now = snapshot(capacity - std::min(capacity, set_aside), pool_frames_, views);
   std::uint32_t rows = 0;
   for (const Growth& growth : batch_) rows += growth.new_tokens;
-  const auto is_decode = [](const Growth& growth) { return growth.new_tokens == 1; };
-  controller_.begin(std::ranges::all_of(batch_, is_decode), rows, now);
+  controller_.begin(is_decode(), rows, now);
   Plan plan = policy_->plan(now);
   require(is_plan_for(now, plan), "step: the policy's plan is not one for the step's snapshot.");
   admit(now, plan, set_aside);
@@ -202,10 +201,19 @@ Snapshot Scheduler::snapshot(std::uint32_t device_frames, std::uint32_t pool_fra
       static_cast<std::uint32_t>(batch_.size() * geometry_.layers / geometry_.block_tokens);
   result.ring_frames = plan_.ring_frames;
   result.wanted_frames = wanted_frames_;
+  if (policy_->name() == "adaptive" && is_decode()) {
+    const auto probe = static_cast<std::uint32_t>(controller_.state().budget.probe);
+    result.wanted_frames = std::max(wanted_frames_, probe);
+  }
   result.whole_layers = shape_.whole_layers;
   result.streams = capabilities_.streams;
   result.branches = views;
   return result;
+}
+
+bool Scheduler::is_decode() const {
+  const auto gains_one = [](const Growth& growth) { return growth.new_tokens == 1; };
+  return std::ranges::all_of(batch_, gains_one);
 }
 
 // Refuses a plan that cannot be carried out, before anything is changed; the pool may grow, and
@@ -976,7 +984,7 @@ void Scheduler::finish() {
   }
 }
 
-Headroom Scheduler::headroom() const {
+Headroom Scheduler::headroom() {
   std::vector<BranchView> views;
   return controller_.headroom(snapshot(map_.device().capacity(), pool_frames_, views));
 }

@@ -72,7 +72,7 @@ class Scheduler {
   void set_wanted(std::uint32_t frames) { wanted_frames_ = frames; }
 
   // Between steps.
-  [[nodiscard]] Headroom headroom() const;
+  [[nodiscard]] Headroom headroom();
 
   // Between steps: see Cache.
   void start_trace(std::size_t events_most);
@@ -183,6 +183,8 @@ class Scheduler {
   [[nodiscard]] std::uint32_t streamed_frames(const Branch& branch, std::uint32_t window) const;
   [[nodiscard]] std::uint32_t count_streamed(const Branch& branch, std::uint32_t window) const;
   [[nodiscard]] BranchView view_of(const Branch& branch, std::uint32_t window) const;
+  // Whether each sequence of the step gains one token.
+  [[nodiscard]] bool is_decode() const;
   [[nodiscard]] Snapshot snapshot(std::uint32_t device_frames, std::uint32_t pool_frames,
                                   std::vector<BranchView>& views) const;
   void admit(const Snapshot& snapshot, const Plan& plan, std::uint32_t staging_frames);

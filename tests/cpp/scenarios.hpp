@@ -20,7 +20,6 @@ struct Scenario {
   Request request;
   std::function<void(Server&, int step)> before = [](Server&, int) {};
   std::vector<int> changes = {};  // steps at which what is best changes
-  std::uint32_t ahead = 64;       // tokens of each that runs, that the server keeps room for
   SimFaults faults = {};
 };
 
@@ -65,11 +64,11 @@ struct Scenario {
     if (step % 16 == 0) server.prefill({2 * usual.prompt, 0});
   };
   return {{"steady decode", many, usual},
-          {"growing contexts", many, growing, [](Server&, int) {}, {}, growing.answer * 3 / 2},
+          {"growing contexts", many, growing},
           {"a burst comes and goes", burst, usual, [](Server&, int) {}, {third, 2 * third}},
           {"long prompts in between", many, usual, prompts},
           {"a link 4 times slower for a while", many, usual, slow_link, {third, 2 * third}},
-          {"a link that lies about its rate", many, usual, [](Server&, int) {}, {}, 64, lying},
+          {"a link that lies about its rate", many, usual, [](Server&, int) {}, {}, lying},
           {"memory that shrinks", many, usual, shrink, {third}}};
 }
 
@@ -130,10 +129,11 @@ inline Outcome play(Server& server, const Scenario& scenario, int steps, std::si
 }
 
 // As many requests as the headroom allows. For throughput no more is kept free than what comes
-// soon.
+// soon; else all that they may come to answer, since those that come together grow together.
 inline Outcome play_adaptive(const Serving& serving, const Scenario& scenario, int steps,
                              const std::string& objective, Nanos* took = nullptr) {
-  const std::uint32_t ahead = objective == "throughput" ? 64 : scenario.ahead;
+  const std::uint32_t answer_most = scenario.request.answer * 3 / 2;
+  const std::uint32_t ahead = objective == "throughput" ? 64 : answer_most;
   Server server(serving, "adaptive", make_objective(objective, 0.05, 0), ahead, scenario.faults);
   const Outcome outcome = play(server, scenario, steps, 0);
   if (took != nullptr) *took = server.now();

@@ -58,7 +58,7 @@ class Truth {
   std::normal_distribution<double> normal_;
 };
 
-constexpr Demand demand{20'000, 200'000, 0, 48};
+constexpr Demand demand{20'000, 200'000, 0, 48, 1, true};
 
 // A server that always fills what it is allowed, a sequence of 200 frames a step, for `steps`.
 class Loop {
@@ -69,14 +69,17 @@ class Loop {
     for (int i = 0; i < steps; ++i) {
       const double allowed = room(demand, state_.budget.frames);
       held_ = held_ + 200 <= allowed ? held_ + 200 : std::min(held_, allowed);
-      const double loaded = std::max(0.0, held_ - 20'000) * 48 / 45.5;
+      const double excess = std::max(0.0, held_ - 20'000) * 48 / 45.5;
+      const double loaded = std::max(excess, static_cast<double>(state_.budget.probe));
       observe_one(loaded);
       slow_ += truth_.takes_ns(held_, loaded) > 1.05 * truth_.alone_ns(held_) ? 1 : 0;
     }
   }
   void observe_one(double loaded) {
     state_ = observe(state_, truth_.step(held_, loaded));
-    const Budget next = decide(demand, state_, objective_);
+    Demand now = demand;
+    now.active_frames = static_cast<std::uint64_t>(held_);
+    const Budget next = decide(now, state_, objective_);
     const int sign = next.frames > state_.budget.frames   ? 1
                      : next.frames < state_.budget.frames ? -1
                                                           : 0;
@@ -252,6 +255,35 @@ TEST(Adapting, SaysWhatBoundsIt) {
   EXPECT_EQ(decide({20'000, 10, 0, 48}, learned, {}).reason, Reason::pool);
 }
 
+// What fits is streamed to learn from it only where somebody admits by what is learned, when that
+// will soon be of use, and until it is known.
+TEST(Adapting, ProbesWhereSomebodyAsks) {
+  Truth truth(23);
+  State state;
+  for (int kv = 100; kv < 15'000; kv += 100) state = observe(state, truth.step(kv, 0));
+  Demand now = demand;
+  now.active_frames = 15'000;
+  const std::uint64_t probe = decide(now, state, {}).probe;
+  EXPECT_GT(probe, 100U);
+  EXPECT_LE(probe, 20'000U / 16);
+  EXPECT_GT(decide(now, state, {Aim::throughput, 0, 0}).probe, 100U);
+  EXPECT_EQ(decide(now, state, {Aim::transparent, 0, 0}).probe, 0U);
+  now.asked = false;
+  EXPECT_EQ(decide(now, state, {}).probe, 0U);
+  now.asked = true;
+  now.active_frames = 9'000;
+  EXPECT_EQ(decide(now, state, {}).probe, 0U);
+  now.active_frames = 15'000;
+  int probes = 0;
+  for (; probes < 1000 && decide(now, state, {}).probe > 0; ++probes) {
+    state.budget = decide(now, state, {});
+    state = observe(state, truth.step(15'000, static_cast<double>(state.budget.probe)));
+  }
+  EXPECT_GT(probes, 2);
+  EXPECT_LE(probes, 128);
+  EXPECT_NEAR(state.decode.interference_ns(), truth.loaded_ns, truth.loaded_ns);
+}
+
 TEST(Adapting, RefusesObjectivesThatCannotBe) {
   EXPECT_EQ(make_objective("throughput", 0.1, 50).step_ns_max, 50'000'000);
   EXPECT_THROW(static_cast<void>(make_objective("fast", 0.05, 0)), ConfigError);
@@ -291,6 +323,32 @@ TEST(Serving, IsTransparentWhileContextsGrow) {
   }
   EXPECT_GT(server.streamed_share(), 0.05) << "it admits more than the device holds";
   EXPECT_LE(slow, 10);  // of 200, most of them by less than a hundredth
+}
+
+// Requests that are larger than what could be tried blindly are admitted once it is known what
+// streaming costs, and none before makes a step slow, whatever it costs.
+TEST(Serving, LearnsWhatStreamingCostsBeforeItAdmits) {
+  Server server(testing::cpu_small(), "adaptive", {}, 192);
+  int slow = 0;
+  for (int i = 0; i < 200; ++i) {
+    if (server.running() < 19) server.admit({1024, 128});
+    server.decode();
+    slow += server.step_ns() > 1.05 * server.alone_ns() ? 1 : 0;
+    if (i == 40) {
+      EXPECT_GT(server.cache().stats().link_bytes_per_s, 1e9);
+    }
+  }
+  EXPECT_LE(slow, 4);
+}
+
+// What others hold in blocks that are not full is held, whoever took the last step.
+TEST(Serving, HeadroomIsTheSameAfterAPrompt) {
+  Server server(small_machine(), "adaptive", {}, 64);
+  for (int i = 0; i < 20; ++i) server.start({2010, 400});
+  server.decode();
+  const std::uint64_t before = server.cache().headroom().tokens;
+  server.prefill({2010, 0});
+  EXPECT_EQ(server.cache().headroom().tokens, before);
 }
 
 // Each streamed frame comes over the link once a step, and each that fills goes out once: nothing

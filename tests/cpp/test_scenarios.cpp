@@ -28,15 +28,13 @@ struct Pinned {
   Nanos transparent_ns = 0;
 };
 
-constexpr Pinned pinned[] = {{2548774664, 2278431839}, {2154573161, 1396857600},
-                             {2177538956, 2031464706}, {2747295453, 2447839706},
-                             {2629486675, 2214977521}, {2554330064, 2272579857},
-                             {2489802516, 2066477530}};
+constexpr Pinned pinned[] = {{2438640811, 2180723909}, {2072317821, 1398940464},
+                             {2143819269, 2005434221}, {2643358813, 2371614361},
+                             {2581858482, 2098172898}, {2492427829, 2212795921},
+                             {2399242293, 2004371927}};
 
 class Scenarios : public ::testing::TestWithParam<std::size_t> {};
 
-// Of so few layers the first one, whose KV is not foreseen where requests come and go, is a twelfth
-// of a step: more steps are slow than of a model's depth (bench/adaptive.cpp).
 TEST_P(Scenarios, Reach) {
   const Serving serving = testing::small_machine();
   const testing::Request usual{2048, 128};
@@ -50,7 +48,7 @@ TEST_P(Scenarios, Reach) {
   EXPECT_GE(fast.tokens_per_s, 0.95 * best);
   const Outcome even = testing::play_adaptive(serving, scenario, steps, "transparent", &even_ns);
   print(scenario.name, "transparent", even, best);
-  EXPECT_LE(even.slow_share, 0.09);
+  EXPECT_LE(even.slow_share, 0.02);
   EXPECT_EQ(fast_ns, pinned[GetParam()].throughput_ns);
   EXPECT_EQ(even_ns, pinned[GetParam()].transparent_ns);
 }

@@ -253,6 +253,17 @@ TEST(SimStream, FencesHoldCopiesBack) {
   EXPECT_EQ(sim->record({}, Timing::unwanted).id, 0U) << "nothing is ahead";
 }
 
+// As on the host: what was submitted first goes first once it may.
+TEST(SimStream, WhatWasHeldGoesBeforeWhatCameLater) {
+  const auto sim = open(streaming_machine());
+  sim->launch({}, {500}, [] {});
+  submit(*sim, to_pool, {{0, 0, 1}}, {{sim->record({}, Timing::unwanted), {}}});
+  for (FrameIndex frame = 1; frame < 4; ++frame) submit(*sim, to_pool, {{frame, frame, 1}});
+  const auto all = collect(*sim, 4);
+  ASSERT_EQ(all.size(), 4U);
+  EXPECT_EQ(all[1].ticket.id, 1U) << "second, since one had begun before it might";
+}
+
 TEST(SimStream, WithoutTheFenceTheReaderSeesIt) {
   const auto sim = open(streaming_machine());
   fill(*sim, 1, 2);

@@ -50,8 +50,8 @@ struct StepReport {
 // The time of a step without its stall, as base + kv * frames it reads + loaded * frames streamed:
 // a Kalman filter over base, kv and loaded - kv. What tells them apart is that the batch changes;
 // where it does not, the base follows what changes slowly, and the other two stay as they are
-// known. Until it is known better, a frame streamed costs what a frame read does: it is written to
-// memory once.
+// known. Until one has been streamed, a frame streamed costs what a frame read does, since it is
+// written to memory once, and nobody knows by how much more.
 class StepModel {
  public:
   void observe(const StepReport& report);
@@ -59,6 +59,8 @@ class StepModel {
   [[nodiscard]] bool is_known() const { return samples_ > 0; }
   // Of a step that reads so many frames and streams so many of them, without stall.
   [[nodiscard]] double predict_ns(double kv_frames, double loaded_frames) const;
+  // How far off that may be for what is streamed: a standard deviation.
+  [[nodiscard]] double doubt_ns(double kv_frames, double loaded_frames) const;
   // What streaming a frame adds to the computation beside it.
   [[nodiscard]] double interference_ns() const {
     return (value_[1] + value_[2]) * unit_ns_ / unit_frames_;
@@ -73,6 +75,7 @@ class StepModel {
   void restart(const StepReport& report);
 
   std::uint64_t samples_ = 0;
+  bool streamed_ = false;     // in a step that was observed
   std::uint32_t strays_ = 0;  // steps in a row that were far from what was predicted
   double unit_ns_ = 1;        // the first step
   double unit_frames_ = 1;    // what it read
@@ -84,7 +87,7 @@ class StepModel {
 // What bounds a budget.
 enum class Reason : std::uint8_t {
   starting,      // no step has been measured yet: nothing beyond the device
-  exploring,     // nothing has been streamed yet: a little, to measure the link
+  exploring,     // nothing has been streamed yet: what does no harm if it costs much
   link,          // more would not arrive in time
   interference,  // more would slow the computation beside it
   latency,       // a step would take longer than its bound
@@ -96,6 +99,7 @@ enum class Reason : std::uint8_t {
 // How much a step may stream.
 struct Budget {
   std::uint64_t frames = 0;
+  std::uint64_t probe = 0;  // to stream of what would fit, so that it is known what more would cost
   Reason reason = Reason::starting;
 };
 
@@ -105,9 +109,12 @@ struct Demand {
   std::uint64_t pool_frames = 0;    // that idle sequences leave
   std::uint64_t active_frames = 0;  // that a step reads, wherever they lie
   std::uint32_t layers = 1;
+  std::uint32_t copy_frames = 1;  // of the best size
+  bool asked = false;             // somebody admits by the budget
 };
 
 struct State {
+  std::uint64_t steps = 0;  // observed
   StepModel decode;
   double load_ns = 0;       // a frame takes to the device; 0: nothing has been measured
   double write_ns = 0;      // and to the pool
@@ -115,7 +122,8 @@ struct State {
   double margin = 0;        // share by which all but a few steps of late stay within the prediction
   Budget budget;            // in force
   std::uint64_t moves = 0;  // of the budget, so far
-  double slowdown = 0;      // of the last step, as a share
+  std::uint32_t probes = 0;  // steps that streamed what would fit
+  double slowdown = 0;       // of the last step, as a share
 };
 
 [[nodiscard]] State observe(const State& state, const StepReport& report);
@@ -124,8 +132,8 @@ struct State {
 // percent.
 [[nodiscard]] Budget decide(const Demand& demand, const State& state, const Objective& objective);
 
-// Frames that a step can read when it streams so many of them: the device is full, and two and a
-// half layers of what is streamed pass through the ring.
+// Frames that a step can read when it streams so many of them: the device is full, and what is
+// streamed passes through the ring, two and a half layers of it or two copies.
 [[nodiscard]] double room(const Demand& demand, std::uint64_t streamed_frames);
 
 // Of a step that reads `kv_frames` and streams `loaded_frames` of them: nanoseconds, and how much

@@ -288,7 +288,8 @@ void Sim::wait(Nanos timeout_ns) {
   }
 }
 
-// Its copies queue for their lane; a ticket without any has ended.
+// Its copies queue for their lane, before those of tickets that were submitted later; a ticket
+// without any has ended.
 void Sim::begin(Tickets::Entry& entry) {
   const Ticket ticket = entry.completion.ticket;
   entry.completion.began = now_;
@@ -297,7 +298,10 @@ void Sim::begin(Tickets::Entry& entry) {
     end(entry);
     return;
   }
-  for (const Copy& copy : entry.copies) state(ticket.lane).queue.push_back({ticket, copy, false});
+  std::deque<Flight>& queue = state(ticket.lane).queue;
+  const auto later = [&](const Flight& flight) { return flight.ticket.id > ticket.id; };
+  auto place = std::ranges::find_if(queue, later);
+  for (const Copy& copy : entry.copies) place = queue.insert(place, {ticket, copy, false}) + 1;
   start_copies(ticket.lane);
 }
 
