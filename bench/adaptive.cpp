@@ -76,7 +76,7 @@ void measure_scenarios(const Serving& serving) {
   const std::size_t fits = pie::testing::fits(serving, usual);
   std::printf("%s: the device holds %zu requests of %u tokens\n", serving.name.c_str(), fits,
               usual.prompt);
-  for (const auto& scenario : pie::testing::scenarios(usual, fits, steps)) {
+  for (const auto& scenario : pie::testing::scenarios(serving, usual, steps)) {
     const double best = pie::testing::best_of_fixed(serving, scenario, steps, fits);
     const auto fast = pie::testing::play_adaptive(serving, scenario, steps, "throughput");
     const auto even = pie::testing::play_adaptive(serving, scenario, steps, "transparent");

@@ -5,8 +5,7 @@ in turn: the median of the rounds' ratios with its bootstrap interval. Then how 
 held: sequences that start on the device grow for as long as the headroom allows it, by 5 % and 10 %
 of slack and for throughput. What it offers in the end counts, too, and is less than they grow by.
 Beside it is what the arithmetic allows with the link, the step and the interference that were
-measured on the way, where they were (for throughput, what the link brings in a step), and how much
-longer a step has come to take.
+measured on the way, where they were, and how much longer a step has come to take.
 
     python bench/adaptive.py --rounds 90
 """
@@ -31,6 +30,7 @@ REACH = 0.85
 DEVICE_BYTES = 48 << 20
 BLOCK = 16  # tokens
 STEPS = 8  # between two looks at the headroom
+PATIENCE = 8  # times so many steps without room, until no more is to come
 OBJECTIVES = [("transparent", 0.05), ("transparent", 0.1), ("throughput", 0.05)]
 
 
@@ -87,13 +87,19 @@ def median_step(arm: Arm, ids: torch.Tensor) -> float:
     return statistics.median(arm.step(ids) for _ in range(STEPS))
 
 
-def allowed(objective: str, slack: float, step_ns: float, stats: Any) -> float:
-    """Bytes that a step may stream, by what was measured."""
+def allowed(objective: str, slack: float, step_ns: float, kept: float, stats: Any) -> float:
+    """Bytes that a step may stream, by what was measured: all that arrives in time and slows it
+    within the slack, or as many of those as give the best rate of KV read.
+    """
     link = stats.link_bytes_per_s / 1e9  # bytes a nanosecond
-    if objective == "throughput":
-        return link * step_ns
     beside = max(stats.interference_ns_per_byte, 1e-12)
-    return float(min(link * (1 + slack) * step_ns, slack * step_ns / beside))
+    if objective == "transparent":
+        return float(min(link * (1 + slack) * step_ns, slack * step_ns / beside))
+    most = link * step_ns / max(1e-12, 1 - link * beside) if link * beside < 1 else 8 * DEVICE_BYTES
+    return max(
+        (most * share / 100 for share in range(101)),
+        key=lambda streamed: (DEVICE_BYTES + kept * streamed) / (step_ns + beside * streamed),
+    )
 
 
 def capacity(
@@ -117,9 +123,13 @@ def capacity(
         fill(cache, model, batch, length)
         alone = median_step(arm, ids)
         chunk = max(1, length // (16 * BLOCK)) * BLOCK
-        while cache.kv.headroom().tokens >= (chunk + BLOCK) * batch:
-            fill(cache, model, batch, chunk)
-            length += chunk
+        waited = 0
+        while waited < PATIENCE:
+            waited += 1
+            if cache.kv.headroom().tokens >= (chunk + BLOCK) * batch:
+                fill(cache, model, batch, chunk)
+                length += chunk
+                waited = 0
             median_step(arm, ids)
         taken = median_step(arm, ids)
         stats = cache.stats()
@@ -127,8 +137,9 @@ def capacity(
     held = length * batch
     bound = of_bound = "-"
     if stats.link_bytes_per_s > 0:
-        streamed = allowed(objective, slack, alone * 1e9, stats)
-        most = (DEVICE_BYTES + streamed * (1 - 2.5 / layers)) / token
+        kept = 1 - 2.5 / layers  # the rest of what is streamed is in the ring
+        streamed = allowed(objective, slack, alone * 1e9, kept, stats)
+        most = (DEVICE_BYTES + streamed * kept) / token
         bound, of_bound = f"{most:.0f}", f"{(held + offered) / most:.2f}"
     name = objective if objective == "throughput" else f"{objective} {slack:.0%}"
     print(

@@ -17,8 +17,8 @@ namespace {
 constexpr double base_drift = 4e-7;  // variances, a step
 constexpr double slope_drift = 1e-10;
 constexpr double slope_unknown = 0.1;
-constexpr double doubt_unknown = 2;  // of a step, if all that it reads were streamed
-constexpr double noise_least = 1e-4;
+constexpr double doubt_unknown = 4;  // of a step, if all that it reads were streamed
+constexpr double noise_least = 2.5e-5;
 constexpr double stray_share = 0.1;  // this far from what was predicted, and
 constexpr double stray_sigmas = 4;   // this many deviations, is another phase
 constexpr std::uint32_t strays_most = 3;
@@ -33,8 +33,10 @@ constexpr double margin_pace = 0.5;     // of what a step is beyond the margin
 constexpr double margin_kept = 0.99;    // a step
 constexpr double worth_raising = 0.06;  // of the budget, so that it rests where nothing changes
 constexpr double worth_lowering = 0.04;
+constexpr double doubt_counts = 0.5;        // of a deviation, as cost
 constexpr int steps_of_search = 64;         // of a search, of two
-constexpr std::uint32_t probes_most = 128;  // steps
+constexpr std::uint64_t probes_most = 128;  // steps, and then
+constexpr std::uint64_t steps_a_probe = 256;
 constexpr std::uint64_t probes_at_once = 8;
 constexpr double doubt_kept = 0.005;      // of a step: less is not worth a probe
 constexpr double harmless_slack = 0.025;  // of a step, where throughput is wanted
@@ -183,6 +185,7 @@ State observe(const State& state, const StepReport& report) {
   if (state.budget.probe > 0 && report.loaded_frames > 0) ++next.probes;
   follow(report.loads, next.load_ns);
   const bool timed = is_timed(report.loads);
+  next.timed = state.timed || timed;
   const bool first = state.load_ns == 0 && !timed;
   if (first && next.load_ns > 0 && state.budget.frames > 0) {  // as fast as exploring took it for
     const double most = static_cast<double>(report.step_ns) / as_double(state.budget.frames);
@@ -226,12 +229,17 @@ double room(const Demand& demand, std::uint64_t streamed_frames) {
 
 namespace {
 
+// What a step takes, and what is not known of that counts.
+double cautious_ns(const State& state, double kv, double streamed) {
+  return step_ns(state, kv, streamed) + doubt_counts * state.decode.doubt_ns(kv, streamed);
+}
+
 std::uint64_t a_little_of(const Demand& demand) { return demand.device_frames / 16; }
 
 // What makes a step beyond the objective; nothing where it is within.
 std::optional<Reason> beyond(const State& state, const Objective& objective, double kv,
                              double streamed) {
-  const double takes = step_ns(state, kv, streamed) + state.decode.doubt_ns(kv, streamed);
+  const double takes = cautious_ns(state, kv, streamed);
   if (objective.step_ns_max > 0 && takes > static_cast<double>(objective.step_ns_max)) {
     return Reason::latency;
   }
@@ -255,7 +263,7 @@ Budget search(const Demand& demand, const State& state, const Objective& objecti
       found.reason = *reason;
       break;
     }
-    const double takes = step_ns(state, kv, streamed) + state.decode.doubt_ns(kv, streamed);
+    const double takes = cautious_ns(state, kv, streamed);
     if (objective.aim == Aim::throughput && kv / takes < best) {
       found.reason = Reason::best;
       continue;
@@ -278,11 +286,11 @@ Budget aimed_at(const Demand& demand, const State& state, const Objective& objec
                 std::min(most, found + around));
 }
 
-// What does little harm where the device is full, whatever it costs. While nothing has come back
-// from the pool, the link is taken for half as fast as the way there.
+// What does little harm where the device is full, whatever it costs. While nobody has timed what
+// came back from the pool, the link is taken for half as fast as the way there.
 std::uint64_t harmless(const Demand& demand, const State& state, Objective objective) {
   State guess = state;
-  if (guess.load_ns == 0) guess.load_ns = 2 * guess.write_ns;
+  if (!state.timed) guess.load_ns = 2 * guess.write_ns;
   objective.slack = objective.aim == Aim::throughput ? harmless_slack : objective.slack / 2;
   objective.aim = Aim::transparent;
   return std::min(aimed_at(demand, guess, objective).frames, a_little_of(demand));
@@ -301,21 +309,24 @@ Budget next_of(const Demand& demand, const State& state, const Objective& object
   return next;
 }
 
-// Before there is need of it: where more is held than half of what the device can, and while doubt
-// takes a good part of what the objective allows. For a few steps, and then for as many not, since
-// it is by the difference that it shows.
+// Before there is need of it: where more is held than a quarter of what the device can, and while
+// doubt takes a good part of what the objective allows. For a few steps, and then for as many not,
+// since it is by the difference that it shows.
 std::uint64_t probe(const Demand& demand, const State& state, const Objective& objective,
                     std::uint64_t budget) {
-  if (!demand.asked || 2 * demand.active_frames < demand.device_frames) return 0;
-  if (!state.decode.is_known() || state.probes >= probes_most) return 0;
+  if (!demand.asked || 4 * demand.active_frames < demand.device_frames) return 0;
+  if (!state.decode.is_known() || state.probes >= probes_most + state.steps / steps_a_probe)
+    return 0;
   if (state.steps / probes_at_once % 2 == 1) return 0;
   Demand held = demand;
   held.device_frames = std::min(demand.device_frames, demand.active_frames);
   const std::uint64_t little = harmless(held, state, objective);
   const auto kv = as_double(demand.active_frames);
   const double doubt = state.decode.doubt_ns(kv, as_double(std::max(budget, little)));
-  const double tolerable = doubt_kept * state.decode.predict_ns(kv, 0);
-  return state.load_ns > 0 && doubt < tolerable ? 0 : little;
+  const double alone = state.decode.predict_ns(kv, 0);
+  const double used = as_double(little) * state.load_ns / alone;
+  const bool proven = state.load_ns > 0 && (state.timed || used < link_unproven);
+  return proven && doubt < doubt_kept * alone ? 0 : little;
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ struct Scenario {
   std::function<void(Server&, int step)> before = [](Server&, int) {};
   std::vector<int> changes = {};  // steps at which what is best changes
   SimFaults faults = {};
+  std::size_t at_once = 4;  // requests that are admitted before a step, at most
 };
 
 // Requests that the device of a machine holds at once, half way through their answers.
@@ -40,8 +41,9 @@ struct Scenario {
 }
 
 // `usual`: what is requested, of which the device holds `fits` at once.
-[[nodiscard]] inline std::vector<Scenario> scenarios(const Request& usual, std::size_t fits,
+[[nodiscard]] inline std::vector<Scenario> scenarios(const Serving& serving, const Request& usual,
                                                      int steps) {
+  const std::size_t fits = testing::fits(serving, usual);
   const int third = steps / 3;
   const auto many = [fits](int) { return 4 * fits; };
   const Request growing{usual.prompt / 2, usual.prompt * 75 / 128};
@@ -51,7 +53,7 @@ struct Scenario {
   };
   SimFaults lying;
   lying.lying = 1;
-  lying.lying_bytes = Bytes{4} << 30;
+  lying.lying_bytes = serving.device_bytes / 4;
   const auto shrink = [third](Server& server, int step) {
     if (step != third) return;
     const Stats stats = server.cache().stats();
@@ -63,13 +65,16 @@ struct Scenario {
   const auto prompts = [usual](Server& server, int step) {
     if (step % 16 == 0) server.prefill({2 * usual.prompt, 0});
   };
-  return {{"steady decode", many, usual},
-          {"growing contexts", many, growing},
-          {"a burst comes and goes", burst, usual, [](Server&, int) {}, {third, 2 * third}},
-          {"long prompts in between", many, usual, prompts},
-          {"a link 4 times slower for a while", many, usual, slow_link, {third, 2 * third}},
-          {"a link that lies about its rate", many, usual, [](Server&, int) {}, {}, lying},
-          {"memory that shrinks", many, usual, shrink, {third}}};
+  std::vector<Scenario> all = {
+      {"steady decode", many, usual},
+      {"growing contexts", many, growing},
+      {"a burst comes and goes", burst, usual, [](Server&, int) {}, {third, 2 * third}},
+      {"long prompts in between", many, usual, prompts},
+      {"a link 4 times slower for a while", many, usual, slow_link, {third, 2 * third}},
+      {"a link that lies about its rate", many, usual, [](Server&, int) {}, {}, lying},
+      {"memory that shrinks", many, usual, shrink, {third}}};
+  for (Scenario& scenario : all) scenario.at_once = std::max<std::size_t>(4, fits / 8);
+  return all;
 }
 
 // What a server came to in a scenario, once it had `settle` steps to learn, and after each change
@@ -100,7 +105,8 @@ inline Outcome play(Server& server, const Scenario& scenario, int steps, std::si
     const std::size_t wanted = scenario.wanted(step);
     if (server.running() > wanted) server.leave(server.running() - wanted);
     const Nanos began = server.now();
-    for (int more = 0; more < 4 && server.running() < (cap > 0 ? std::min(cap, wanted) : wanted);) {
+    for (std::size_t more = 0; more < scenario.at_once &&
+                               server.running() < (cap > 0 ? std::min(cap, wanted) : wanted);) {
       Request next = scenario.request;
       next.answer = next.answer / 2 + static_cast<std::uint32_t>(random() % next.answer);
       if (cap == 0 && !server.admit(next)) break;
@@ -128,12 +134,13 @@ inline Outcome play(Server& server, const Scenario& scenario, int steps, std::si
   return outcome;
 }
 
-// As many requests as the headroom allows. For throughput no more is kept free than what comes
-// soon; else all that they may come to answer, since those that come together grow together.
+// As many requests as the headroom allows. For throughput half of what is answered on average is
+// kept free for each that runs; else all that they may come to answer, since those that come
+// together grow together.
 inline Outcome play_adaptive(const Serving& serving, const Scenario& scenario, int steps,
                              const std::string& objective, Nanos* took = nullptr) {
-  const std::uint32_t answer_most = scenario.request.answer * 3 / 2;
-  const std::uint32_t ahead = objective == "throughput" ? 64 : answer_most;
+  const std::uint32_t answer = scenario.request.answer;
+  const std::uint32_t ahead = objective == "throughput" ? answer / 2 : answer * 3 / 2;
   Server server(serving, "adaptive", make_objective(objective, 0.05, 0), ahead, scenario.faults);
   const Outcome outcome = play(server, scenario, steps, 0);
   if (took != nullptr) *took = server.now();

@@ -271,16 +271,18 @@ TEST(Adapting, ProbesWhereSomebodyAsks) {
   now.asked = false;
   EXPECT_EQ(decide(now, state, {}).probe, 0U);
   now.asked = true;
-  now.active_frames = 9'000;
+  now.active_frames = 4'000;
   EXPECT_EQ(decide(now, state, {}).probe, 0U);
   now.active_frames = 15'000;
   int probes = 0;
-  for (; probes < 1000 && decide(now, state, {}).probe > 0; ++probes) {
+  for (int i = 0; i < 400; ++i) {
     state.budget = decide(now, state, {});
+    probes += state.budget.probe > 0 ? 1 : 0;
     state = observe(state, truth.step(15'000, static_cast<double>(state.budget.probe)));
   }
   EXPECT_GT(probes, 2);
   EXPECT_LE(probes, 128);
+  EXPECT_EQ(static_cast<int>(state.probes), probes);
   EXPECT_NEAR(state.decode.interference_ns(), truth.loaded_ns, truth.loaded_ns);
 }
 

