@@ -9,11 +9,13 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <chrono>
 #include <climits>
 #include <cstring>
 #include <numeric>
 #include <utility>
 
+#include "memory_limit.hpp"
 #include "pie/error.hpp"
 
 namespace pie::cuda {
@@ -21,6 +23,11 @@ namespace pie::cuda {
 namespace {
 
 constexpr Bytes chunk_bytes_least = Bytes{64} << 20;
+constexpr Nanos retry_ns = 1'000'000'000;
+
+Nanos now_ns() {
+  return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+}
 
 Bytes page_bytes() { return static_cast<Bytes>(::sysconf(_SC_PAGESIZE)); }
 
@@ -185,7 +192,8 @@ std::uint32_t CpuMemory::ready_frames() const {
 
 PoolSize CpuMemory::resize(std::uint32_t frames) {
   std::unique_lock lock(mutex_);
-  if (frames > asked_) refusal_.clear();
+  // Who asks for no more than before asks again, but not all the time.
+  if (frames > asked_ || now_ns() > refused_ns_ + retry_ns) refusal_.clear();
   asked_ = std::min(frames, frames_max_);
   wanted_ = chunks_of(asked_);
   if (kind_ == CpuMemoryKind::pageable) {
@@ -243,6 +251,7 @@ void CpuMemory::make_ready() {
       ++ready_;
     } else {
       refusal_ = std::move(failure);
+      refused_ns_ = now_ns();
     }
     changed_.notify_all();
   }
@@ -252,6 +261,8 @@ void CpuMemory::make_ready() {
 std::string CpuMemory::make_ready(std::uint32_t chunk) const {
   std::byte* start = chunk_start(chunk);
   const Bytes bytes = chunk_bytes(chunk);
+  std::string refusal = memory_refusal(bytes);
+  if (!refusal.empty()) return refusal;
   if (kind_ == CpuMemoryKind::coherent) {
     if (populate(start, bytes)) return "";
     return std::string("the system gives no more CPU memory: ") + std::strerror(errno);

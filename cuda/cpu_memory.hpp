@@ -95,6 +95,7 @@ class CpuMemory {
   bool preparing_ = false;    // one more, now
   bool ending_ = false;
   std::string refusal_;
+  Nanos refused_ns_ = 0;  // when
   std::thread thread_;
 };
 

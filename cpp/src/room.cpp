@@ -165,9 +165,16 @@ void Scheduler::grow_ahead() {
   const bool writes = plan_.write_behind || plan_.streamed() > 0;
   if (!capabilities_.streams || !writes || pool.limit() >= pool_frames_) return;
   if (pool.free() > step / 2) return;
-  const std::uint64_t want = std::min<std::uint64_t>(pool.limit() + step, pool_frames_);
-  const PoolSize size = backend_.resize_pool(static_cast<std::uint32_t>(want));
+  static_cast<void>(reach_pool(static_cast<std::uint32_t>(pool.limit() + step)));
+}
+
+// Whether the pool has so many frames. Else it is asked to grow, and nobody waits.
+bool Scheduler::reach_pool(std::uint32_t frames) {
+  FramePool& pool = map_.pool();
+  if (frames <= pool.limit()) return true;
+  const PoolSize size = backend_.resize_pool(std::min(frames, pool_frames_));
   if (size.frames > pool.limit()) pool.set_limit(std::min(size.frames, pool_frames_));
+  return frames <= pool.limit();
 }
 
 // Asks for `target` usable frames of the pool, and waits until there are `needed` where it is slow.

@@ -62,7 +62,8 @@ void Scheduler::begin(std::span<const Growth> batch, const StepShape& shape) {
   const std::uint32_t set_aside = shape.staging_frames + (ends_with_full_blocks() ? 1 : 0);
   const std::uint32_t capacity = map_.device().capacity();
   std::vector<BranchView> views;
-  const Snapshot now = snapshot(capacity - std::min(capacity, set_aside), pool_frames_, views);
+  Snapshot now = snapshot(capacity - std::min(capacity, set_aside), pool_frames_, views);
+  now.wanted_frames = std::max(wanted_frames_, probe_frames());
   std::uint32_t rows = 0;
   for (const Growth& growth : batch_) rows += growth.new_tokens;
   controller_.begin(is_decode(), rows, now);
@@ -201,14 +202,18 @@ Snapshot Scheduler::snapshot(std::uint32_t device_frames, std::uint32_t pool_fra
       static_cast<std::uint32_t>(batch_.size() * geometry_.layers / geometry_.block_tokens);
   result.ring_frames = plan_.ring_frames;
   result.wanted_frames = wanted_frames_;
-  if (policy_->name() == "adaptive" && is_decode()) {
-    const auto probe = static_cast<std::uint32_t>(controller_.state().budget.probe);
-    result.wanted_frames = std::max(wanted_frames_, probe);
-  }
   result.whole_layers = shape_.whole_layers;
   result.streams = capabilities_.streams;
   result.branches = views;
   return result;
+}
+
+// What the step is to stream though it may fit, to learn from it: no step fails of that, so it asks
+// no more of the pool than what is there, with room to spare, and nothing of one that has failed.
+std::uint32_t Scheduler::probe_frames() {
+  const auto frames = static_cast<std::uint32_t>(controller_.state().budget.probe);
+  if (frames == 0 || policy_->name() != "adaptive" || !is_decode()) return 0;
+  return transfers_.failed_writes() == 0 && reach_pool(2 * frames) ? frames : 0;
 }
 
 bool Scheduler::is_decode() const {
@@ -984,9 +989,15 @@ void Scheduler::finish() {
   }
 }
 
+// The pool is what the system gives: what it refused it may give by now, and on a stream it is
+// asked again where nobody waits.
 Headroom Scheduler::headroom() {
+  const std::uint32_t there = map_.pool().limit();
+  const bool refused = there < pool_frames_ && !backend_.pool_refusal().empty();
+  const bool given = refused && !capabilities_.streams && grow_pool(there + 1);
   std::vector<BranchView> views;
-  return controller_.headroom(snapshot(map_.device().capacity(), pool_frames_, views));
+  return controller_.headroom(
+      snapshot(map_.device().capacity(), refused && !given ? there : pool_frames_, views));
 }
 
 void Scheduler::look_ahead() {

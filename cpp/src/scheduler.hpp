@@ -183,6 +183,7 @@ class Scheduler {
   [[nodiscard]] std::uint32_t streamed_frames(const Branch& branch, std::uint32_t window) const;
   [[nodiscard]] std::uint32_t count_streamed(const Branch& branch, std::uint32_t window) const;
   [[nodiscard]] BranchView view_of(const Branch& branch, std::uint32_t window) const;
+  [[nodiscard]] std::uint32_t probe_frames();
   // Whether each sequence of the step gains one token.
   [[nodiscard]] bool is_decode() const;
   [[nodiscard]] Snapshot snapshot(std::uint32_t device_frames, std::uint32_t pool_frames,
@@ -251,6 +252,7 @@ class Scheduler {
   [[nodiscard]] FrameIndex take_pool_frame(LayerBlocks& layer, std::uint32_t needed, bool reclaim);
   [[nodiscard]] bool grow_pool(std::uint32_t frames);
   void grow_ahead();
+  [[nodiscard]] bool reach_pool(std::uint32_t frames);
   void give_back_pool();
   std::uint32_t resize_pool(std::uint32_t target, std::uint32_t needed);
   [[nodiscard]] bool reclaim_pool(std::uint32_t needed);

@@ -343,6 +343,27 @@ TEST(Serving, LearnsWhatStreamingCostsBeforeItAdmits) {
   EXPECT_LE(slow, 4);
 }
 
+// Where the system gives no more memory or disk the pool is what there is, until it gives some.
+TEST(Serving, HeadroomIsWhatTheSystemGives) {
+  Server server(small_machine(), "adaptive", {}, 64);
+  SimFaults short_of_memory;
+  short_of_memory.refused = 1;
+  server.sim().set_faults(short_of_memory);
+  const std::uint64_t most = server.cache().headroom().tokens_most;
+  for (int i = 0; i < 30; ++i) {
+    server.start({1024, 400});
+    server.decode();
+  }
+  const std::uint64_t held = std::uint64_t{30} * 1088;
+  EXPECT_EQ(server.cache().stats().streamed_bytes, 0U);
+  EXPECT_LT(server.cache().headroom().tokens_most, most / 4);
+  EXPECT_GE(server.cache().headroom().tokens_most, server.cache().headroom().tokens);
+  server.sim().set_faults({});
+  for (int i = 0; i < 20; ++i) server.decode();
+  EXPECT_GT(server.cache().stats().streamed_bytes, 0U);
+  EXPECT_GT(server.cache().headroom().tokens_most, most - 2 * held);
+}
+
 // What others hold in blocks that are not full is held, whoever took the last step.
 TEST(Serving, HeadroomIsTheSameAfterAPrompt) {
   Server server(small_machine(), "adaptive", {}, 64);

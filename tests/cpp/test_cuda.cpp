@@ -125,14 +125,27 @@ TEST_F(Cuda, RefusesAPoolBeyondWhatTheProcessMayHave) {
     std::ofstream(root / file) << words << '\n';
   };
   write("self", "1:cpu:/elsewhere\n0::/outer/inner");
-  const Bytes machine = cuda::memory_limit(root / "self", root);
-  EXPECT_EQ(machine, cuda::memory_limit("/nowhere", root)) << "no group says anything";
+  write("meminfo", "MemTotal: 99999999 kB\nMemAvailable: 2097152 kB");
+  const cuda::MemoryFiles files{root / "self", root, root / "meminfo"};
+  const Bytes machine = cuda::memory_limit(files);
+  EXPECT_EQ(machine, cuda::memory_limit({"/nowhere", root, root})) << "no group says anything";
+  EXPECT_EQ(cuda::memory_free(files), Bytes{2} << 30);
   write("outer/inner/memory.max", "max");
-  EXPECT_EQ(cuda::memory_limit(root / "self", root), machine);
-  write("outer/memory.max", "4096000");
-  EXPECT_EQ(cuda::memory_limit(root / "self", root), 4'096'000U) << "of what it is nested in";
+  write("outer/inner/memory.current", "5000");
+  EXPECT_EQ(cuda::memory_limit(files), machine);
+  EXPECT_EQ(cuda::memory_free(files), Bytes{2} << 30);
+  EXPECT_EQ(cuda::memory_refusal(Bytes{1} << 30, files), "");
+  expect_says(cuda::memory_refusal(Bytes{2} << 30, files), "2147483648 bytes");
+  write("outer/memory.max", "1073741824");
+  write("outer/memory.current", "966367641");
+  write("outer/memory.stat", "anon 1\nactive_file 214748364\ninactive_file 214748365");
+  EXPECT_EQ(cuda::memory_limit(files), Bytes{1} << 30) << "of what it is nested in";
+  EXPECT_EQ(cuda::memory_free(files), 536'870'912U) << "files are taken back on demand";
+  EXPECT_EQ(cuda::memory_refusal(Bytes{256} << 20, files), "");
+  expect_says(cuda::memory_refusal((Bytes{256} << 20) + 1, files), "left to others");
   write("outer/inner/memory.max", "8192");
-  EXPECT_EQ(cuda::memory_limit(root / "self", root), 8192U);
+  EXPECT_EQ(cuda::memory_limit(files), 8192U);
+  EXPECT_EQ(cuda::memory_free(files), 3192U);
   std::filesystem::remove_all(root);
 }
 
