@@ -5,6 +5,7 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "pie/error.hpp"
 
@@ -129,7 +130,9 @@ void StepModel::observe(const StepReport& report) {
     expected += off * off;
     strays_ = 0;
   } else {
-    noise_ = std::max(noise_least, noise_ + 0.05 * (off * off - noise_));
+    // By what differs from step to step: what stays off is to be learned, and no noise.
+    const double jump = off - std::exchange(last_off_, off);
+    noise_ = std::max(noise_least, noise_ + 0.05 * (jump * jump / 2 - noise_));
   }
   ++samples_;
   for (std::size_t i = 0; i < 3; ++i) {
@@ -224,7 +227,8 @@ double room(const Demand& demand, std::uint64_t streamed_frames) {
   const auto streamed = as_double(streamed_frames);
   const double two_copies = std::min(2.0 * demand.copy_frames, device / 8);
   const double ring = std::max(2.5 * streamed / demand.layers, two_copies);
-  return device + std::max(0.0, streamed - ring);
+  const double ahead = 2 * std::min(4.0 * demand.growth_frames, streamed / 16);
+  return device + std::max(0.0, streamed - ahead - ring);
 }
 
 namespace {

@@ -19,15 +19,15 @@ LinkUse since(Traffic& told, const Traffic& now) {
   return use;
 }
 
-Demand demand_of(const Snapshot& snapshot) {
+Demand demand_of(const Snapshot& snapshot, std::uint32_t block_tokens) {
   Demand demand;
   std::uint64_t idle = 0;
+  std::uint64_t read = 0;  // tokens, over all layers
   for (const BranchView& view : snapshot.branches) {
-    const std::uint64_t full = std::uint64_t{view.full_blocks} * view.layers;
-    const std::uint64_t pinned = std::uint64_t{view.pinned_blocks} * view.layers;
-    if (view.active) demand.active_frames += full + pinned;
-    if (!view.active) idle += full;
+    if (view.active) read += std::uint64_t{view.tokens} * view.layers;
+    if (!view.active) idle += std::uint64_t{view.full_blocks} * view.layers;
   }
+  demand.active_frames = read / block_tokens;
   demand.device_frames = snapshot.device_frames;
   demand.pool_frames = snapshot.pool_frames - std::min<std::uint64_t>(snapshot.pool_frames, idle);
   demand.layers = snapshot.layers;
@@ -43,6 +43,7 @@ Controller::Controller(Backend& backend, Transfers& transfers, const Geometry& g
       transfers_(transfers),
       streams_(backend.capabilities().streams),
       measures_(measures && backend.capabilities().pool_frames > 0),
+      block_tokens_(geometry.block_tokens),
       frames_per_token_(static_cast<double>(geometry.layers) / geometry.block_tokens) {
   ended_.reserve(steps_kept);
 }
@@ -72,7 +73,9 @@ void Controller::begin(bool decode, std::uint32_t rows, const Snapshot& snapshot
   abort();
   EventLog& log = transfers_.log();
   if (!measures_ && !log.on()) return;
-  demand_ = demand_of(snapshot);
+  demand_ = demand_of(snapshot, block_tokens_);
+  if (decode) growth_frames_ = snapshot.growth_frames;
+  demand_.growth_frames = growth_frames_;
   demand_.asked = asked_;
   if (ended_.size() >= steps_kept) {
     interrupted_ = true;
@@ -215,15 +218,15 @@ Trace Controller::take_trace() {
 
 Headroom Controller::headroom(const Snapshot& snapshot) {
   asked_ = true;
-  Demand demand = demand_of(snapshot);
-  demand.active_frames = 0;
+  Demand demand = demand_of(snapshot, block_tokens_);
+  demand.pool_frames = measures_ ? snapshot.pool_frames : 0;
+  demand.growth_frames = growth_frames_;
+  std::uint64_t held = 0;  // frames: whole blocks
   for (const BranchView& view : snapshot.branches) {
-    demand.active_frames += std::uint64_t{view.full_blocks + view.pinned_blocks} * view.layers;
+    held += std::uint64_t{view.full_blocks + view.pinned_blocks} * view.layers;
   }
-  demand.pool_frames = snapshot.pool_frames;
-  if (!measures_) demand.pool_frames = 0;
   const auto tokens = [&](double frames) {
-    const double more = frames - static_cast<double>(demand.active_frames);
+    const double more = frames - static_cast<double>(held);
     return static_cast<std::uint64_t>(std::max(0.0, more / frames_per_token_));
   };
   const auto streamed = std::min(state_.budget.frames, demand.pool_frames);

@@ -88,11 +88,13 @@ class Controller {
   Transfers& transfers_;
   const bool streams_;
   const bool measures_;
+  const std::uint32_t block_tokens_;
   const double frames_per_token_;
   Objective objective_;
   State state_;
-  Demand demand_;       // of the last step
-  bool asked_ = false;  // for the headroom, ever
+  Demand demand_;                    // of the last step
+  bool asked_ = false;               // for the headroom, ever
+  std::uint32_t growth_frames_ = 0;  // of the last decode step
   bool is_open_ = false;
   Step open_;
   std::vector<Step> ended_;  // whose time is not known yet

@@ -177,6 +177,7 @@ BranchView Scheduler::view_of(const Branch& branch, std::uint32_t window) const 
   if (branch.grows_to == 0) {
     view.full_blocks = branch.full - gone;
     view.pinned_blocks = branch.blocks() - branch.full;
+    view.tokens = (branch.blocks() - gone) * size;
     return view;
   }
   // The block that is partial before the step stays until its end: an abort gives it back as it
@@ -184,6 +185,7 @@ BranchView Scheduler::view_of(const Branch& branch, std::uint32_t window) const 
   const std::uint32_t held = branch.held != no_frame ? 1 : 0;
   view.full_blocks = branch.grows_to / size - branch.first - held - gone;
   view.pinned_blocks = held + (branch.grows_to % size != 0 ? 1 : 0);
+  view.tokens = branch.grows_to - (branch.first + gone) * size;
   return view;
 }
 

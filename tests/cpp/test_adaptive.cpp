@@ -58,7 +58,7 @@ class Truth {
   std::normal_distribution<double> normal_;
 };
 
-constexpr Demand demand{20'000, 200'000, 0, 48, 1, true};
+constexpr Demand demand{20'000, 200'000, 0, 48, 1, 0, true};
 
 // A server that always fills what it is allowed, a sequence of 200 frames a step, for `steps`.
 class Loop {
@@ -230,6 +230,19 @@ TEST(Adapting, OneStepThatIsFarOffIsLeftOut) {
   EXPECT_EQ(loop.state().decode.predict_ns(20'000, 0), before);
   loop.run(10);  // it stays: the model or the clock has changed
   EXPECT_NEAR(loop.state().decode.predict_ns(20'000, 0) / loop.truth().alone_ns(20'000), 1, 0.03);
+}
+
+// What a step is found to be beyond the prediction, always to the same side, is no noise.
+TEST(Adapting, FollowsStepsThatGrow) {
+  State state;
+  for (int i = 0; i < 240; ++i) {
+    const double read = i < 16 ? 800 * (i + 1) : 12'800 + 13 * (i - 16);
+    StepReport report;
+    report.kv_frames = i < 16 ? static_cast<std::uint64_t>(read) : 12'800;  // as far as it is known
+    report.step_ns = static_cast<Nanos>(8e6 + read * 2200);
+    state = observe(state, report);
+    EXPECT_LE(state.slowdown, 0.01) << i;
+  }
 }
 
 TEST(Adapting, SaysWhatBoundsIt) {

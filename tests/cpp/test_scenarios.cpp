@@ -28,13 +28,15 @@ struct Pinned {
   Nanos transparent_ns = 0;
 };
 
-constexpr Pinned pinned[] = {{2482419152, 2203583771}, {1595766881, 1406818833},
-                             {2136085010, 2026102751}, {2644135941, 2393276830},
-                             {2619421865, 2119098915}, {2488277682, 2217947367},
-                             {2408018518, 2015140257}};
+constexpr Pinned pinned[] = {{2483183103, 2211450429}, {1596023307, 1405906936},
+                             {2136111646, 2025068597}, {2668145678, 2391606844},
+                             {2632719212, 2081285137}, {2466737796, 2230095155},
+                             {2440150807, 2027407950}};
 
 class Scenarios : public ::testing::TestWithParam<std::size_t> {};
 
+// Of so few layers the first one, whose KV is not foreseen after a prompt, is a twelfth of a step:
+// with prompts in between more steps are slow than of a model's depth (bench/adaptive.cpp).
 TEST_P(Scenarios, Reach) {
   const Serving serving = testing::small_machine();
   const testing::Request usual{2048, 128};
@@ -48,7 +50,8 @@ TEST_P(Scenarios, Reach) {
   EXPECT_GE(fast.tokens_per_s, 0.95 * best);
   const Outcome even = testing::play_adaptive(serving, scenario, steps, "transparent", &even_ns);
   print(scenario.name, "transparent", even, best);
-  EXPECT_LE(even.slow_share, 0.025);
+  EXPECT_LE(even.slow_share, scenario.name == "long prompts in between" ? 0.04 : 0.02);
+  EXPECT_LE(fast.reversals, 4);
   EXPECT_EQ(fast_ns, pinned[GetParam()].throughput_ns);
   EXPECT_EQ(even_ns, pinned[GetParam()].transparent_ns);
 }

@@ -39,7 +39,7 @@ struct LinkUse {
 
 // A decode step that has ended, by fences and completions.
 struct StepReport {
-  std::uint64_t kv_frames = 0;      // it read, over all layers
+  std::uint64_t kv_frames = 0;      // worth of tokens it read, over all layers
   std::uint64_t loaded_frames = 0;  // of them came over the link
   Nanos step_ns = 0;                // from its begin to its finish, on the stream if there is one
   Nanos stall_ns = 0;               // of that, for copies
@@ -81,7 +81,8 @@ class StepModel {
   double unit_frames_ = 1;    // what it read
   Vector value_{};            // in these units
   std::array<Vector, 3> variance_{};
-  double noise_ = 0;  // variance of a step, in units
+  double noise_ = 0;     // variance of a step, in units
+  double last_off_ = 0;  // what the last step was beyond what was predicted
 };
 
 // What bounds a budget.
@@ -107,10 +108,11 @@ struct Budget {
 struct Demand {
   std::uint64_t device_frames = 0;
   std::uint64_t pool_frames = 0;    // that idle sequences leave
-  std::uint64_t active_frames = 0;  // that a step reads, wherever they lie
+  std::uint64_t active_frames = 0;  // worth of tokens that a step reads, wherever they lie
   std::uint32_t layers = 1;
-  std::uint32_t copy_frames = 1;  // of the best size
-  bool asked = false;             // somebody admits by the budget
+  std::uint32_t copy_frames = 1;    // of the best size
+  std::uint32_t growth_frames = 0;  // that a step fills
+  bool asked = false;               // somebody admits by the budget
 };
 
 struct State {
@@ -133,8 +135,9 @@ struct State {
 // percent.
 [[nodiscard]] Budget decide(const Demand& demand, const State& state, const Objective& objective);
 
-// Frames that a step can read when it streams so many of them: the device is full, and what is
-// streamed passes through the ring, two and a half layers of it or two copies.
+// Frames that a step can read when it streams so many of them: the device is full, what is streamed
+// passes through the ring, two and a half layers of it or two copies, and as in a plan some make
+// room for what fills.
 [[nodiscard]] double room(const Demand& demand, std::uint64_t streamed_frames);
 
 // Of a step that reads `kv_frames` and streams `loaded_frames` of them: nanoseconds, and how much

@@ -28,6 +28,7 @@ struct BranchView {
   bool active = false;              // read in the step
   std::uint32_t layer_class = 0;    // views of one class are of the same layers
   std::uint32_t streamed_frames = 0;  // by the plan in force, all its layers together
+  std::uint32_t tokens = 0;           // held; a partial block that nobody fills counts as full
 };
 
 struct Snapshot {
