@@ -25,14 +25,20 @@ class By:
         return self.rule(stats)  # type: ignore[return-value]
 
 
-def decode(policy: object, steps: int = 24, **options: object) -> tuple[torch.Tensor, pie.Stats]:
-    """What attention gave over a prompt and so many steps of two sequences."""
+def decode(
+    policy: object, steps: int = 24, rest_s: float = 0, **options: object
+) -> tuple[torch.Tensor, pie.Stats]:
+    """What attention gave over a prompt and so many steps of two sequences.
+
+    After the prompt and the first three steps the disk has time to write what they filled.
+    """
     torch.manual_seed(5)
     options = {"device_bytes": "8MiB", "pool_bytes": "8MiB", "block_tokens": 16, **options}
     with pie.TieredKVCache(LAYERS, HEADS, HEAD_DIM, "f32", policy=policy, **options) as cache:
         batch = [cache.add(), cache.add()]
         outs = []
-        for tokens in [100] + [1] * steps:
+        for number, tokens in enumerate([100] + [1] * steps):
+            time.sleep(rest_s if 1 <= number <= 4 else 0)
             with cache.step([(sequence, tokens) for sequence in batch]) as step:
                 for layer in range(LAYERS):
                     rows = (torch.randn(2 * tokens, HEADS, HEAD_DIM) for _ in range(3))
@@ -43,7 +49,7 @@ def decode(policy: object, steps: int = 24, **options: object) -> tuple[torch.Te
 
 def test_what_it_says_is_streamed() -> None:
     policy = By(lambda _: 12 * FRAME)
-    _, stats = decode(policy)
+    _, stats = decode(policy, rest_s=0.1)
     assert policy.asked == 25
     assert 20 * 12 * FRAME <= stats.streamed_bytes <= 24 * 16 * FRAME
     assert stats.policy == "By"
@@ -68,7 +74,7 @@ def test_more_than_there_is_is_all_there_is(streamed: int, pool: object) -> None
 def test_bits_do_not_depend_on_a_plan_that_changes_at_every_step() -> None:
     expected, _ = decode("off")
     answers = iter([0, 30, 3, 36, 0, 1, 18, 2, 40, 7] * 3)
-    found, stats = decode(By(lambda _: next(answers) * FRAME))
+    found, stats = decode(By(lambda _: next(answers) * FRAME), rest_s=0.1)
     assert torch.equal(found, expected)
     assert stats.streamed_bytes > 0
 
