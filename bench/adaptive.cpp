@@ -42,9 +42,8 @@ Served serve(const Serving& serving, const std::string& objective, std::size_t r
 }
 
 void measure(const Serving& serving, int steps) {
-  const auto tokens =
-      static_cast<double>(serving.device_bytes) * serving.geometry.block_tokens /
-      (static_cast<double>(serving.geometry.frame_bytes()) * serving.geometry.layers);
+  const double tokens =
+      static_cast<double>(serving.device_bytes) / pie::testing::token_bytes(serving);
   const double fits = tokens / (prompt + answer / 2);
   std::printf("%s: the device holds %.0f requests\n", serving.name.c_str(), fits);
   double best = 0;

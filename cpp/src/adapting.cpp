@@ -319,8 +319,8 @@ Budget next_of(const Demand& demand, const State& state, const Objective& object
 std::uint64_t probe(const Demand& demand, const State& state, const Objective& objective,
                     std::uint64_t budget) {
   if (!demand.asked || 4 * demand.active_frames < demand.device_frames) return 0;
-  if (!state.decode.is_known() || state.probes >= probes_most + state.steps / steps_a_probe)
-    return 0;
+  const std::uint64_t allowed = probes_most + state.steps / steps_a_probe;
+  if (!state.decode.is_known() || state.probes >= allowed) return 0;
   if (state.steps / probes_at_once % 2 == 1) return 0;
   Demand held = demand;
   held.device_frames = std::min(demand.device_frames, demand.active_frames);

@@ -73,9 +73,9 @@ void Controller::begin(bool decode, std::uint32_t rows, const Snapshot& snapshot
   abort();
   EventLog& log = transfers_.log();
   if (!measures_ && !log.on()) return;
+  const std::uint32_t growth = decode ? snapshot.growth_frames : demand_.growth_frames;
   demand_ = demand_of(snapshot, block_tokens_);
-  if (decode) growth_frames_ = snapshot.growth_frames;
-  demand_.growth_frames = growth_frames_;
+  demand_.growth_frames = growth;
   demand_.asked = asked_;
   if (ended_.size() >= steps_kept) {
     interrupted_ = true;
@@ -220,7 +220,7 @@ Headroom Controller::headroom(const Snapshot& snapshot) {
   asked_ = true;
   Demand demand = demand_of(snapshot, block_tokens_);
   demand.pool_frames = measures_ ? snapshot.pool_frames : 0;
-  demand.growth_frames = growth_frames_;
+  demand.growth_frames = demand_.growth_frames;
   std::uint64_t held = 0;  // frames: whole blocks
   for (const BranchView& view : snapshot.branches) {
     held += std::uint64_t{view.full_blocks + view.pinned_blocks} * view.layers;

@@ -92,9 +92,8 @@ class Controller {
   const double frames_per_token_;
   Objective objective_;
   State state_;
-  Demand demand_;                    // of the last step
-  bool asked_ = false;               // for the headroom, ever
-  std::uint32_t growth_frames_ = 0;  // of the last decode step
+  Demand demand_;       // of the last step; what fills, of the last that decoded
+  bool asked_ = false;  // for the headroom, ever
   bool is_open_ = false;
   Step open_;
   std::vector<Step> ended_;  // whose time is not known yet

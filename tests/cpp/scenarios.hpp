@@ -26,9 +26,7 @@ struct Scenario {
 
 // Requests that the device of a machine holds at once, half way through their answers.
 [[nodiscard]] inline std::size_t fits(const Serving& serving, const Request& request) {
-  const auto tokens =
-      static_cast<double>(serving.device_bytes) * serving.geometry.block_tokens /
-      (static_cast<double>(serving.geometry.frame_bytes()) * serving.geometry.layers);
+  const double tokens = static_cast<double>(serving.device_bytes) / token_bytes(serving);
   return static_cast<std::size_t>(tokens / (request.prompt + request.answer / 2.0));
 }
 

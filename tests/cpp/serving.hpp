@@ -107,6 +107,12 @@ struct Serving {
   return serving;
 }
 
+// KV of a token, over all layers.
+[[nodiscard]] inline double token_bytes(const Serving& serving) {
+  return static_cast<double>(serving.geometry.frame_bytes()) * serving.geometry.layers /
+         serving.geometry.block_tokens;
+}
+
 // Tokens of KV that a step of the machine can read and be within `slack` of what it would take with
 // all of it on the device, by arithmetic: what is streamed arrives in time, and costs the
 // computation beside it no more than the slack. As in `room`, two and a half of its layers lie in
@@ -122,9 +128,7 @@ struct Serving {
   double streamed = static_cast<double>(serving.pool_bytes);
   if (beside_ns > 0) streamed = std::min(streamed, slack * full_ns / beside_ns);
   if (link_ns > 0) streamed = std::min(streamed, (1 + slack) * full_ns / link_ns);
-  const double token_bytes = static_cast<double>(serving.geometry.frame_bytes()) *
-                             serving.geometry.layers / serving.geometry.block_tokens;
-  return (device_bytes + kept * streamed) / token_bytes;
+  return (device_bytes + kept * streamed) / token_bytes(serving);
 }
 
 struct Request {
