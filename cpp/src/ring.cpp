@@ -36,6 +36,7 @@ void Ring::reshape(FrameRun frames, std::uint32_t segment_frames) {
 
 // Gives up the segments from `first` on, with what is in them.
 void Ring::leave(std::uint32_t first) {
+  forget_taken();
   std::erase_if(queue_, [&](const Load& load) { return load.segment >= first; });
   for (Flight& flight : flights_) {
     const std::uint32_t left = flight.segments >> first << first;
@@ -100,6 +101,7 @@ void Ring::close() {
 void Ring::submit() {
   if (asked_.empty()) return;
   std::vector<Load> loads = std::exchange(asked_, std::exchange(spare_, {}));
+  if (2 * next_load_ > queue_.size()) forget_taken();
   const std::size_t before = queue_.size();
   try {
     std::uint32_t into = 0;
@@ -157,16 +159,22 @@ Ticket Ring::start(std::uint32_t into, std::vector<Load> loads) {
   flights_.reserve(flights_.size() + 1);  // from here on nothing is forgotten
   const Ticket ticket = transfers_.fetch(copies_, deps_, loads.front().layer);
   for (const Load& load : loads) segments_[load.segment].fresh = false;
-  flights_.push_back({ticket, into, false, false, std::move(loads)});
+  flights_.push_back({ticket, into, false, std::move(loads)});
   return ticket;
 }
 
 // ---- reading ------------------------------------------------------------------------------------
 
+void Ring::forget_taken() {
+  queue_.erase(queue_.begin(), queue_.begin() + static_cast<std::ptrdiff_t>(next_load_));
+  next_load_ = 0;
+}
+
 const Load* Ring::find(const BlockKey& key) const {
-  const auto found =
-      std::ranges::find_if(queue_, [&](const Load& load) { return load.holds(key); });
-  return found == queue_.end() ? nullptr : &*found;
+  for (const Load& load : waiting()) {
+    if (load.holds(key)) return &load;
+  }
+  return nullptr;
 }
 
 bool Ring::arrived(const Load& load) const {
@@ -175,21 +183,18 @@ bool Ring::arrived(const Load& load) const {
 
 Load Ring::take(const Load* load, bool order) {
   const Load taken = *load;
-  if (order) {
-    const auto flight =
-        std::ranges::find(flights_ | std::views::reverse, taken.ticket, &Flight::ticket);
-    if (flight != flights_.rend() && !std::exchange(flight->ordered, true)) {
-      transfers_.depend(taken.ticket);
-    }
+  if (order && taken.ticket != ordered_) {
+    if (!arrived(taken)) transfers_.depend(taken.ticket);
+    ordered_ = taken.ticket;
   }
   Segment& segment = segments_[taken.segment];
   --segment.unread;
   ++segment.taken;
   ++taken_;
-  if (load == &queue_.front()) {
-    queue_.pop_front();
+  if (load == &queue_[next_load_]) {
+    ++next_load_;
   } else {
-    queue_.erase(std::ranges::find_if(queue_, [&](const Load& other) { return &other == load; }));
+    queue_.erase(queue_.begin() + (load - queue_.data()));
   }
   return taken;
 }
@@ -210,6 +215,7 @@ void Ring::release() {
 void Ring::drop_all() {
   drop_asked();
   queue_.clear();
+  next_load_ = 0;
   for (Segment& segment : segments_) segment.unread = 0;
 }
 
@@ -221,6 +227,7 @@ void Ring::drop_asked() {
 
 template <typename Change>
 void Ring::change(const Change& drops) {
+  forget_taken();
   std::erase_if(queue_, [&](Load& load) {
     if (!drops(load)) return false;
     drop(load);
@@ -233,7 +240,7 @@ void Ring::drop(const Branch& branch) {
 }
 
 std::uint32_t Ring::gap(const BlockKey& from, std::uint32_t count) const {
-  for (const Load& load : queue_) {
+  for (const Load& load : waiting()) {
     if (load.branch != from.branch || load.layer != from.layer || load.end() <= from.block)
       continue;
     count = std::min(count, load.first_block - std::min(load.first_block, from.block));
@@ -265,13 +272,16 @@ void Ring::trim(const Branch& branch, std::uint32_t layer, std::uint32_t end) {
 }
 
 bool Ring::drop_last() {
-  if (queue_.empty()) return false;
+  if (empty()) return false;
   const std::uint32_t segment = queue_.back().segment;
   change([&](const Load& load) { return load.segment == segment; });
   return true;
 }
 
-std::deque<Load> Ring::take_list() { return std::exchange(queue_, {}); }
+std::vector<Load> Ring::take_list() {
+  forget_taken();
+  return std::exchange(queue_, {});
+}
 
 void Ring::guard_pool(const Branch& branch, std::uint32_t layer, std::uint32_t begin,
                       std::uint32_t end) {
@@ -325,13 +335,13 @@ void Ring::retry(const Completion& completion) {
     ++load.tries;
     transfers_.count_retry();
     deps_.clear();
-    queue_.push_front(load);
+    queue_.insert(queue_.begin(), load);
     ++segments_[load.segment].unread;
     try {
       queue_.front().ticket = start(1U << load.segment, {load});
     } catch (...) {
       drop(load);
-      queue_.pop_front();
+      queue_.erase(queue_.begin());
       throw;
     }
   }
@@ -339,7 +349,7 @@ void Ring::retry(const Completion& completion) {
 
 void Ring::check() const {
   std::vector<std::uint32_t> unread(segments_.size());
-  for (const Load& load : queue_) {
+  for (const Load& load : waiting()) {
     ++unread.at(load.segment);
     const FrameRun frames = segments_[load.segment].frames;
     require(load.device >= frames.first && load.device + load.count <= frames.end(),

@@ -13,7 +13,6 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <span>
 #include <vector>
 
@@ -69,7 +68,7 @@ class Ring {
 
   // The load that holds a block and was not taken; null: there is none.
   [[nodiscard]] const Load* find(const BlockKey& key) const;
-  [[nodiscard]] bool empty() const { return queue_.empty(); }
+  [[nodiscard]] bool empty() const { return next_load_ == queue_.size(); }
 
   // Of `count` blocks from one on, how many come before the first that a load holds.
   [[nodiscard]] std::uint32_t gap(const BlockKey& from, std::uint32_t count) const;
@@ -95,7 +94,7 @@ class Ring {
   [[nodiscard]] bool drop_last();
 
   // The list anew: what is put back of what was asked for, in the order of reading.
-  [[nodiscard]] std::deque<Load> take_list();
+  [[nodiscard]] std::vector<Load> take_list();
   void put_back(const Load& load) { queue_.push_back(load); }
   void drop(const Load& load) { --segments_[load.segment].unread; }
 
@@ -127,7 +126,6 @@ class Ring {
     Ticket ticket;
     std::uint32_t segments = 0;  // that it fills, a bit each
     bool strays = false;         // some of what it fills was given up
-    bool ordered = false;        // the stream waits for it
     std::vector<Load> loads;
   };
 
@@ -135,6 +133,10 @@ class Ring {
   template <typename Change>
   void change(const Change& drops);
   [[nodiscard]] bool open();
+  [[nodiscard]] std::span<const Load> waiting() const {
+    return std::span(queue_).subspan(next_load_);
+  }
+  void forget_taken();
   Ticket start(std::uint32_t into, std::vector<Load> loads);
   void list_deps(std::uint32_t into);
   void retry(const Completion& completion);
@@ -148,7 +150,8 @@ class Ring {
   FrameRun frames_;
   std::uint32_t segment_frames_ = 0;
   std::vector<Segment> segments_;
-  std::deque<Load> queue_;  // in the order of reading
+  std::vector<Load> queue_;    // in the order of reading
+  std::size_t next_load_ = 0;  // in the queue; those before it were taken
   std::vector<Flight> flights_;
   std::vector<Load> asked_;  // not submitted
   std::vector<Load> spare_;  // empty; kept for its memory, as are the next two between calls
@@ -157,6 +160,7 @@ class Ring {
   std::uint32_t open_ = no_segment;
   std::uint32_t next_ = 0;   // where the search for a free segment starts
   std::uint32_t taken_ = 0;  // loads, in all segments
+  Ticket ordered_;           // the last that the stream was made to wait for
 };
 
 }  // namespace pie

@@ -2,7 +2,6 @@
 #include "scheduler.hpp"
 
 #include <algorithm>
-#include <deque>
 #include <map>
 #include <numeric>
 #include <optional>
@@ -580,9 +579,10 @@ void Scheduler::attend_present(LayerKernel& kernel) {
   } else {
     pieces_.clear();
     start_visits();
+    const BlockFrames frames = layer_frames();
     for (std::size_t i = 0; i < visits_.size(); ++i) {
       progress_[i].ready = blocks_of(visits_[i].kv_end());
-      add_piece(i);
+      add_piece(i, frames);
     }
   }
   present_layer_ = layer_;
@@ -807,10 +807,11 @@ void Scheduler::collect(const Leg& leg, std::uint32_t begin, std::uint32_t end) 
 void Scheduler::flush(LayerKernel& kernel) {
   if (!std::exchange(ready_, false)) return;
   pieces_.clear();
+  const BlockFrames frames = layer_frames();
   for (std::size_t i = 0; i < visits_.size(); ++i) {
     Progress& progress = progress_[i];
     if (progress.ready == progress.read) continue;
-    add_piece(i);
+    add_piece(i, frames);
     progress.read = progress.ready;
   }
   kernel.attend(layer_, pieces_);
@@ -819,8 +820,14 @@ void Scheduler::flush(LayerKernel& kernel) {
   pump();
 }
 
+// With the table of the layer's first row.
+BlockFrames Scheduler::layer_frames() const {
+  return {backend_.address(0), capabilities_.frame_stride, map_.tables().row(layer_, 0),
+          shape_.in_place ? backend_.pool_address() : nullptr};
+}
+
 // What is ready of a visit and not yet read.
-void Scheduler::add_piece(std::size_t index) {
+void Scheduler::add_piece(std::size_t index, const BlockFrames& frames) {
   const Visit& visit = visits_[index];
   const Progress& progress = progress_[index];
   KvPiece& piece = pieces_.emplace_back();
@@ -833,9 +840,8 @@ void Scheduler::add_piece(std::size_t index) {
   piece.kv_end = std::min(progress.ready * geometry_.block_tokens, visit.kv_end());
   piece.first = progress.read == progress.begin;
   piece.last = piece.kv_end == visit.kv_end();
-  piece.frames = {backend_.address(0), capabilities_.frame_stride,
-                  map_.tables().row(layer_, visit.sequence->row) + progress.read,
-                  shape_.in_place ? backend_.pool_address() : nullptr};
+  piece.frames = frames;
+  piece.frames.table = map_.tables().row(layer_, visit.sequence->row) + progress.read;
 }
 
 // ---- ahead of the layers ------------------------------------------------------------------------
@@ -878,6 +884,7 @@ bool Scheduler::seek_in(const Leg& leg, std::uint32_t layer) {
   const std::uint32_t size = blocks.size();
   const bool all = blocks.away > blocks.streamed - std::min(blocks.streamed, blocks.gone);
   const std::uint32_t end = all ? size : std::min(size, blocks.streamed);
+  if (cursor_.block >= end) return false;
   const std::uint32_t seen = first_block(leg.position, geometry_.window(layer));
   cursor_.block = std::max(
       {cursor_.block, seen - std::min(seen, leg.branch->first), in_place_end(*leg.branch, layer)});
@@ -908,7 +915,7 @@ void Scheduler::reconcile() {
   if (!seek_pooled()) return;  // what is there waits for a step that reads it
   cursor_ = {};
   ahead_ = false;
-  std::deque<Load> before = ring_.take_list();
+  std::vector<Load> before = ring_.take_list();
   std::optional<Cursor> missing;
   std::size_t hint = 0;
   std::size_t kept = 0;
@@ -1003,7 +1010,9 @@ Headroom Scheduler::headroom() {
 }
 
 void Scheduler::look_ahead() {
-  const std::vector<Growth> grown = close_batch();  // what is thrown from here on finds no step
+  std::vector<Growth> grown = close_batch();  // what is thrown from here on finds no step
+  std::erase_if(grown,
+                [&](const Growth& growth) { return full_before(growth) == growth.branch->full; });
   write_together([&] {
     for (std::uint32_t layer = 0; layer < geometry_.layers; ++layer) {
       for (const Growth& growth : grown) write_grown(growth, layer);
@@ -1026,14 +1035,18 @@ void Scheduler::look_ahead() {
   }
 }
 
+// The branch's full blocks before the step that is done.
+std::uint32_t Scheduler::full_before(const Growth& growth) const {
+  const std::uint32_t tokens = growth.sequence->tokens - growth.new_tokens;
+  return tokens / geometry_.block_tokens - growth.branch->first;
+}
+
 // Writes the blocks of a layer that the step has filled, as far as the plan wants: from the first
 // that is not written on, and of old ones no more than there are new ones, so that a step that
 // comes to write behind pays for no earlier one.
 void Scheduler::write_grown(const Growth& growth, std::uint32_t layer) {
   Branch& branch = *growth.branch;
-  const std::uint32_t tokens_before = growth.sequence->tokens - growth.new_tokens;
-  const std::uint32_t before = tokens_before / geometry_.block_tokens - branch.first;
-  if (branch.full == before) return;
+  const std::uint32_t before = full_before(growth);
   LayerBlocks& blocks = branch.layers[layer];
   blocks.written = std::min(blocks.written, before);
   const std::uint32_t behind = blocks.written + 2 * (branch.full - before);

@@ -228,7 +228,8 @@ class Scheduler {
   void wait_for(LayerKernel& kernel);
   void collect(const Leg& leg, std::uint32_t begin, std::uint32_t end);
   void flush(LayerKernel& kernel);
-  void add_piece(std::size_t visit);
+  [[nodiscard]] BlockFrames layer_frames() const;
+  void add_piece(std::size_t index, const BlockFrames& frames);
   void end_layer();
 
   [[nodiscard]] bool seek_pooled();
@@ -247,6 +248,7 @@ class Scheduler {
   [[nodiscard]] bool evict_any();
   [[nodiscard]] bool write_any();
 
+  [[nodiscard]] std::uint32_t full_before(const Growth& growth) const;
   void write_grown(const Growth& growth, std::uint32_t layer);
   void write_full(Branch& branch, std::uint32_t layer, std::uint32_t limit, bool rescue = false);
   [[nodiscard]] FrameIndex take_pool_frame(LayerBlocks& layer, std::uint32_t needed, bool reclaim);

@@ -2,7 +2,6 @@
 #include "transfers.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -431,13 +430,12 @@ void Transfers::end(const Completion& completion) {
 }
 
 const std::vector<Landed>& Transfers::land() {
-  std::array<Completion, 64> ended;
   const bool expected = any() || !halts_.empty() || !marks_.empty();
-  for (std::size_t count = ended.size(); count == ended.size() && expected;) {
-    landing_.reserve(landing_.size() + ended.size());
-    fetched_.reserve(fetched_.size() + ended.size());
-    count = backend_.poll(ended);
-    for (std::size_t i = 0; i < count; ++i) end(ended[i]);
+  for (std::size_t count = ended_.size(); count == ended_.size() && expected;) {
+    landing_.reserve(landing_.size() + ended_.size());
+    fetched_.reserve(fetched_.size() + ended_.size());
+    count = backend_.poll(ended_);
+    for (std::size_t i = 0; i < count; ++i) end(ended_[i]);
   }
   if (!pool_guards_.empty()) prune_guards();
   landed_.clear();

@@ -11,6 +11,7 @@
 // lost device, since compute is enqueued behind it already.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -212,9 +213,10 @@ class Transfers {
   bool holding_ = false;
   std::uint64_t held_frames_ = 0;
   const std::uint64_t held_frames_most_;
-  std::vector<Fetch> fetching_;      // a handful
-  std::vector<Completion> fetched_;  // those that have ended, until they are taken
-  std::vector<Guard> guards_;        // by device frame; for streams
+  std::vector<Fetch> fetching_;       // a handful
+  std::array<Completion, 64> ended_;  // as many as are asked for at once
+  std::vector<Completion> fetched_;   // those that have ended, until they are taken
+  std::vector<Guard> guards_;         // by device frame; for streams
   std::unordered_multimap<FrameIndex, Ticket> pool_guards_;  // copies that use pool frames
   std::vector<Landed> landing_;                              // since `land` was called
   std::vector<Landed> landed_;                               // what it returned
