@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -17,7 +18,7 @@ from pie.memory import available_memory, cgroup_limit, total_memory
 from pie.sizes import format_size
 
 _TRIAL_BYTES = 256 << 20  # of the file that is written and read
-_TRIAL_PIECE = 1 << 20
+_TRIAL_PIECE = 2 << 20
 _TRIAL_DEPTH = 8  # pieces under way at once
 
 
@@ -77,19 +78,34 @@ def _disk(pool_dir: str | None) -> str:
     )
 
 
+def _huge_pages(size: int) -> memoryview:
+    """Memory in huge pages, as the cache's is: some virtual disks are twice as fast to them."""
+    page = 2 << 20
+    memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    begin = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % page
+    whole = memoryview(memory)[begin : begin + size]
+    whole[:] = b"\x01" * size
+    return whole
+
+
 def _rates(directory: str, direct: bool) -> tuple[float, float]:
     """Bytes per second of writes and reads, several large ones under way at once."""
     file, name = tempfile.mkstemp(dir=directory)
     os.unlink(name)
     pieces = range(0, _TRIAL_BYTES, _TRIAL_PIECE)
+    buffers = [_huge_pages(_TRIAL_PIECE) for _ in range(_TRIAL_DEPTH)]
 
     def write(offset: int) -> None:
-        with mmap.mmap(-1, _TRIAL_PIECE) as buffer:
-            os.pwrite(file, buffer, offset)
+        buffer = buffers.pop()
+        os.pwritev(file, [buffer], offset)
+        buffers.append(buffer)
 
     def read(offset: int) -> None:
-        with mmap.mmap(-1, _TRIAL_PIECE) as buffer:
-            os.preadv(file, [buffer], offset)
+        buffer = buffers.pop()
+        os.preadv(file, [buffer], offset)
+        buffers.append(buffer)
 
     try:
         if direct:
