@@ -963,6 +963,12 @@ void fake_set_order(std::uint32_t order, std::uint64_t seed) {
   fake::set_order(static_cast<fake::Order>(order), seed);
 }
 
+void fake_set_devices(std::int32_t count) {
+  fake::Profile profile;
+  profile.devices = count;
+  fake::set_profile(profile);
+}
+
 void fake_counts(char* text, std::uint64_t bytes) {
   std::string all;
   for (const auto& [name, count] : fake::calls_by_name()) {

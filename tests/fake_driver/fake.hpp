@@ -110,6 +110,7 @@ std::uintptr_t fake_reach(std::uint64_t address);
 // How often each call was made, as "name=count;".
 void fake_counts(char* text, std::uint64_t bytes);
 void fake_set_order(std::uint32_t order, std::uint64_t seed);
+void fake_set_devices(std::int32_t count);
 // How many violations there were since this was asked last; the first of them in `text`.
 std::uint64_t fake_take_violations(char* text, std::uint64_t bytes);
 }

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,25 @@ def library() -> Any:
 _STAGED = 64  # numbers in each half of what is on its way to the device: soon used again
 
 
+@contextmanager
+def active(driver: Any, context: int) -> Iterator[None]:
+    """Makes this the context of the calling thread: that of GPU 0 is 1."""
+    driver.cuCtxPushCurrent_v2(ctypes.c_void_p(context))
+    try:
+        yield
+    finally:
+        driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+
 class Mark:
     """A place in what stream 0 of the double has been given."""
 
-    def __init__(self, driver: Any) -> None:
+    def __init__(self, driver: Any, context: int) -> None:
         self._driver = driver
         self._event = ctypes.c_void_p()
-        driver.cuCtxPushCurrent_v2(ctypes.c_void_p(1))
-        driver.cuEventCreate(ctypes.byref(self._event), 0)
-        driver.cuEventRecord(self._event, None)
-        driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        with active(driver, context):
+            driver.cuEventCreate(ctypes.byref(self._event), 0)
+            driver.cuEventRecord(self._event, None)
 
     def synchronize(self) -> None:
         self._driver.cuEventSynchronize(self._event)
@@ -67,10 +77,10 @@ class Double:
     driver = str(DOUBLE)
     is_gpu = False
     processors = 4
-    name = "cuda:0"
 
     def __init__(self, device: torch.device) -> None:
         assert os.environ.get("TRITON_INTERPRET") == "1"
+        self.name = f"cuda:{device.index or 0}"
         self.device = torch.device("cpu")
         self._library = library()
         self._address = 0
@@ -78,7 +88,8 @@ class Double:
         self._bytes = 0
         self.launches = 0
         self._staged = torch.empty(2 * _STAGED, dtype=torch.int32)
-        self._staging = TellingStaging(self._staged, lambda: Mark(self._library))
+        self._context = 1 + (device.index or 0)
+        self._staging = TellingStaging(self._staged, lambda: Mark(self._library, self._context))
 
     def stream(self) -> int:
         return 0
@@ -102,7 +113,7 @@ class Double:
         return 0 <= tensor.data_ptr() - self._staged.data_ptr() < self._staged.nbytes
 
     def active(self) -> AbstractContextManager[None]:
-        return nullcontext()
+        return active(self._library, self._context)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         fill = float("nan") if dtype.is_floating_point else -7

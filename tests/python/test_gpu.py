@@ -131,6 +131,21 @@ def test_gpu_equals_cpu(double: Any, dtype: torch.dtype, shape: Any, order: int)
         assert (lse - wanted_lse).abs().max() < 1e-4
 
 
+def test_each_of_two_gpus_has_its_cache(double: Any) -> None:
+    double.fake_set_devices(2)
+    try:
+        first, _ = run("cuda:0", torch.float32, 11)
+        second, stats = run("cuda:1", torch.float32, 11)
+        with pytest.raises(ConfigError, match="'cuda:2'"):
+            run("cuda:2", torch.float32, 11)
+    finally:
+        double.fake_set_devices(1)
+    assert stats["streamed_bytes"] > 0
+    for (out, lse), (wanted_out, wanted_lse) in zip(second, first, strict=True):
+        assert torch.equal(out, wanted_out)
+        assert torch.equal(lse, wanted_lse)
+
+
 def test_a_table_edited_under_an_upload_is_seen(
     double: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
