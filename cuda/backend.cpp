@@ -88,7 +88,9 @@ class Cuda final : public Backend {
   [[nodiscard]] const std::byte* pool_address() const override {
     return pool_.is_readable() ? pool_.start() : nullptr;
   }
-  [[nodiscard]] std::shared_ptr<const void> memory() const override { return arena_; }
+  [[nodiscard]] std::shared_ptr<const void> memory() const override {
+    return arena_->memory->is_given() ? nullptr : arena_;
+  }
   [[nodiscard]] Health health() const override { return {lost_.empty(), lost_}; }
 
  private:
@@ -192,6 +194,11 @@ double Cuda::share_in_place(double asked) const {
 void Cuda::take_memory(const CudaOptions& options) {
   device_opened_ = frames_in(options.device_bytes, stride_);
   const Bytes wanted = Bytes{device_opened_} * stride_;
+  if (options.device_memory != nullptr) {
+    arena_->memory = std::make_unique<DeviceMemory>(arena_->device, options.device_memory, wanted);
+    device_usable_ = device_most_ = device_opened_;
+    return;
+  }
   const auto [free, total] = arena_->device.room();
   arena_->memory = std::make_unique<DeviceMemory>(arena_->device, std::max(total, wanted));
   device_most_ = std::max(device_opened_, frames_in(total, stride_));

@@ -10,6 +10,7 @@ namespace pie::cuda {
 
 namespace {
 
+constexpr Bytes memory_alignment = 256;
 constexpr Bytes mapped_at_once = Bytes{16} << 20;
 
 CUmemAllocationProp pinned_on(int device) {
@@ -58,6 +59,17 @@ Device::Room Device::room() const {
   return {free, total};
 }
 
+bool Device::owns(const std::byte* address) const {
+  const Current current(driver_, context_);
+  unsigned kind = 0;
+  int device = -1;
+  const CUdeviceptr at = number_of(address);
+  return driver_.pointer_attribute(&kind, CU_POINTER_ATTRIBUTE_MEMORY_TYPE, at) == CUDA_SUCCESS &&
+         driver_.pointer_attribute(&device, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, at) ==
+             CUDA_SUCCESS &&
+         kind == CU_MEMORYTYPE_DEVICE && device == number_;
+}
+
 // ---- its memory ---------------------------------------------------------------------------------
 
 DeviceMemory::DeviceMemory(const Device& device, Bytes most) : device_(device) {
@@ -74,15 +86,30 @@ DeviceMemory::DeviceMemory(const Device& device, Bytes most) : device_(device) {
   start_ = reinterpret_cast<std::byte*>(start);  // NOLINT(performance-no-int-to-ptr)
 }
 
+DeviceMemory::DeviceMemory(const Device& device, std::byte* given, Bytes bytes)
+    : device_(device), start_(given), given_(bytes) {
+  if (number_of(given) % memory_alignment != 0) {
+    throw ConfigError("device_memory is not aligned to " + std::to_string(memory_alignment) +
+                      " bytes, as frames are.");
+  }
+  if (bytes > 0 && !(device_.owns(given) && device_.owns(given + bytes - 1))) {
+    throw ConfigError("device_memory is not " + std::to_string(bytes) +
+                      " bytes of 'cuda:" + std::to_string(device_.number()) +
+                      "': give memory of that GPU, device_bytes of it, or leave it out.");
+  }
+}
+
 DeviceMemory::~DeviceMemory() {
   const Current current(device_.driver(), device_.context());
   const Relaxed relaxed(device_.driver());
   device_.driver().context_synchronize();  // kernels of the caller's may be reading it still
+  if (is_given()) return;
   while (!pieces_.empty()) shrink();
   device_.driver().address_free(number_of(start_), reserved_);
 }
 
 Bytes DeviceMemory::resize(Bytes bytes) {
+  if (is_given()) return std::min(bytes, given_);
   const Bytes wanted = (std::min(bytes, reserved_) + piece_ - 1) / piece_;
   while (pieces_.size() > wanted) shrink();
   while (pieces_.size() < wanted && grow()) {

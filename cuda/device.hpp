@@ -33,6 +33,9 @@ class Device {
   };
   [[nodiscard]] Room room() const;
 
+  // Whether memory of this device is there.
+  [[nodiscard]] bool owns(const std::byte* address) const;
+
  private:
   Driver driver_;
   int number_;
@@ -42,16 +45,19 @@ class Device {
 };
 
 // A range of addresses on the device, mapped from its start as far as it is needed: what is cut off
-// goes back to the device.
+// goes back to the device. Or memory of the caller's, all of which is there.
 class DeviceMemory {
  public:
   // Reserves `most` bytes of addresses and maps none. The device outlives this.
   DeviceMemory(const Device& device, Bytes most);
+  // Takes what the caller has. Throws ConfigError where it is not this device's.
+  DeviceMemory(const Device& device, std::byte* given, Bytes bytes);
   DeviceMemory(const DeviceMemory&) = delete;
   DeviceMemory& operator=(const DeviceMemory&) = delete;
   ~DeviceMemory();
 
   [[nodiscard]] std::byte* start() const { return start_; }
+  [[nodiscard]] bool is_given() const { return given_ > 0; }
 
   // Maps at least `bytes`, and of what lies behind them nothing but the rest of a piece. Returns
   // how many are mapped, which may be fewer where the device has no more. What is unmapped must not
@@ -67,6 +73,7 @@ class DeviceMemory {
   Bytes piece_ = 0;    // mapped at a time, a multiple of it
   Bytes reserved_ = 0;
   std::byte* start_ = nullptr;
+  Bytes given_ = 0;  // of the caller's, from there on
   std::vector<CUmemGenericAllocationHandle> pieces_;
 };
 

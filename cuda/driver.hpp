@@ -41,6 +41,7 @@ inline constexpr bool knows_batches = false;
   CALL(capture_mode, PFN_cuThreadExchangeStreamCaptureMode_v10010,                             \
        "cuThreadExchangeStreamCaptureMode")                                                    \
   CALL(memory_info, PFN_cuMemGetInfo_v3020, "cuMemGetInfo_v2")                                 \
+  CALL(pointer_attribute, PFN_cuPointerGetAttribute_v4000, "cuPointerGetAttribute")            \
   CALL(granularity, PFN_cuMemGetAllocationGranularity_v10020, "cuMemGetAllocationGranularity") \
   CALL(address_reserve, PFN_cuMemAddressReserve_v10020, "cuMemAddressReserve")                 \
   CALL(address_free, PFN_cuMemAddressFree_v10020, "cuMemAddressFree")                          \

@@ -128,6 +128,7 @@ std::unique_ptr<Backend> open_backend(const CacheOptions& options, const Geometr
   cuda.pool_io = options.pool_io;
   cuda.driver = options.driver;
   cuda.in_place_share = options.in_place_share;
+  cuda.device_memory = options.device_memory;
   return open_cuda(cuda);
 }
 

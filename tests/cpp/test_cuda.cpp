@@ -205,6 +205,39 @@ TEST_F(Cuda, SeveralGpusHaveACacheEach) {
   EXPECT_EQ(fake::take_violations(), std::vector<std::string>());
 }
 
+// Another backend's memory stands for a tensor's.
+TEST_F(Cuda, TakesMemoryOfTheCallers) {
+  become({.devices = 2});
+  using On = testing::OnCuda;
+  const auto owner = open_cuda(options_for(12, 0));
+  CudaOptions options = options_for(8, 8);
+  options.device_memory = owner->address(4);
+  const std::size_t held = fake::holdings().device_bytes;
+  {
+    const auto backend = open_cuda(options);
+    EXPECT_EQ(fake::holdings().device_bytes, held);
+    EXPECT_EQ(backend->capabilities().device_frames_max, 8U);
+    EXPECT_EQ(backend->resize_device(12), 8U);
+    EXPECT_EQ(backend->memory(), nullptr) << "nobody but the caller holds it";
+    ASSERT_EQ(grow_pool(*backend, 8), 8U);
+    fill<On>(*backend, 0, 1);
+    ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, 1}})));
+    ASSERT_TRUE(is_ok(finish(*backend, to_device, {{7, 0, 1}})));
+  }
+  EXPECT_TRUE(holds<On>(*owner, 11, 1)) << "it stays the caller's";
+  EXPECT_EQ(fake::holdings().device_bytes, held);
+
+  options.device = 1;
+  expect_says(refusal_of<ConfigError>(options), "bytes of 'cuda:1': give memory of that GPU");
+  options.device = 0;
+  options.device_memory += 1;
+  expect_says(refusal_of<ConfigError>(options), "is not aligned to 256 bytes");
+  std::vector<std::byte> mine(std::size_t{8} * stride + 256);
+  options.device_memory = mine.data() + 256 - reinterpret_cast<std::uintptr_t>(mine.data()) % 256;
+  expect_says(refusal_of<ConfigError>(options), "bytes of 'cuda:0': give memory of that GPU");
+  EXPECT_EQ(fake::take_violations(), std::vector<std::string>());
+}
+
 TEST_F(Cuda, SaysWhyItPinsNoMore) {
   const std::size_t now = fake::holdings().pinned_bytes;
   become({.pinnable_bytes = now + (std::size_t{100} << 20)});

@@ -171,6 +171,7 @@ class Machine {
   std::size_t pinned = 0;
   [[nodiscard]] std::byte* reach(Address address) const;
   [[nodiscard]] bool is_mapped(Address begin, std::size_t bytes) const;
+  [[nodiscard]] int device_of(Address address) const;  // -1: it is no memory of any
   void forget(Address begin, std::size_t bytes, const char* what);
   // Nobody may capture while this is called, unless the thread asked for it.
   void refuse_in_capture(const char* name) {
@@ -401,6 +402,11 @@ std::byte* Machine::reach(Address address) const {
     if (address >= begin && address < begin + one.bytes) return one.reached + (address - begin);
   }
   return pointer_to<std::byte>(address);
+}
+
+int Machine::device_of(Address address) const {
+  if (!is_mapped(address, 1)) return -1;
+  return (--pieces.upper_bound(address))->second.device;
 }
 
 bool Machine::is_mapped(Address begin, std::size_t bytes) const {
@@ -694,6 +700,15 @@ CUresult cuMemGetInfo_v2(std::size_t* free, std::size_t* total) {
   FAKE_CALL("cuMemGetInfo");
   *total = machine().profile.memory_bytes;
   *free = *total - machine().used;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuPointerGetAttribute(void* value, CUpointer_attribute which, CUdeviceptr address) {
+  FAKE_CALL("cuPointerGetAttribute");
+  const int device = machine().device_of(address);
+  if (device < 0) return CUDA_ERROR_INVALID_VALUE;
+  *static_cast<int*>(value) =
+      which == CU_POINTER_ATTRIBUTE_MEMORY_TYPE ? static_cast<int>(CU_MEMORYTYPE_DEVICE) : device;
   return CUDA_SUCCESS;
 }
 

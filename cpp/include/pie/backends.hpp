@@ -66,6 +66,10 @@ struct CudaOptions {
   // and GB200 link / (link + GPU memory), by their rates, and over PCIe, where that is a hundredth,
   // none.
   double in_place_share = -1;
+  // Memory of the GPU, `device_bytes` of it, where the caller brings its own (a tensor's, say):
+  // aligned to 256 bytes, and alive for as long as the backend. It cannot grow, and nothing of it
+  // goes back to the device. Null: memory is mapped.
+  std::byte* device_memory = nullptr;
 };
 
 // Loads the plugin libpie_cuda.so. Throws ConfigError where there is none, or no driver, GPU or

@@ -19,7 +19,7 @@ struct CacheOptions {
   double slack = 0.05;                    // share that a step may take longer, where transparent
   double max_tpot_ms = 0;                 // that a decode step may take; 0: no bound
   std::string pool_io = "auto";           // see HostOptions, CudaOptions
-  std::byte* device_memory = nullptr;     // see HostOptions
+  std::byte* device_memory = nullptr;     // see HostOptions, CudaOptions
   std::string driver = "libcuda.so.1";    // see CudaOptions
   double in_place_share = -1;             // see CudaOptions
 };

@@ -11,7 +11,7 @@
 namespace pie {
 
 // Counts up with every change of what crosses: Backend, its structures, CudaOptions.
-inline constexpr std::uint32_t plugin_abi = 5;
+inline constexpr std::uint32_t plugin_abi = 6;
 
 // Frames begin on multiples of 256 bytes, for wide loads.
 [[nodiscard]] constexpr Bytes plugin_stride(Bytes frame_bytes) {
