@@ -57,7 +57,7 @@ class DeviceMemory {
   ~DeviceMemory();
 
   [[nodiscard]] std::byte* start() const { return start_; }
-  [[nodiscard]] bool is_given() const { return given_ > 0; }
+  [[nodiscard]] bool is_given() const { return reserved_ == 0; }
 
   // Maps at least `bytes`, and of what lies behind them nothing but the rest of a piece. Returns
   // how many are mapped, which may be fewer where the device has no more. What is unmapped must not
