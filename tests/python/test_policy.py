@@ -49,7 +49,7 @@ def decode(
 
 def test_what_it_says_is_streamed() -> None:
     policy = By(lambda _: 12 * FRAME)
-    _, stats = decode(policy, rest_s=0.1)
+    _, stats = decode(policy, rest_s=0.5)
     assert policy.asked == 25
     assert 20 * 12 * FRAME <= stats.streamed_bytes <= 24 * 16 * FRAME
     assert stats.policy == "By"
@@ -74,7 +74,7 @@ def test_more_than_there_is_is_all_there_is(streamed: int, pool: object) -> None
 def test_bits_do_not_depend_on_a_plan_that_changes_at_every_step() -> None:
     expected, _ = decode("off")
     answers = iter([0, 30, 3, 36, 0, 1, 18, 2, 40, 7] * 3)
-    found, stats = decode(By(lambda _: next(answers) * FRAME), rest_s=0.1)
+    found, stats = decode(By(lambda _: next(answers) * FRAME), rest_s=0.5)
     assert torch.equal(found, expected)
     assert stats.streamed_bytes > 0
 
