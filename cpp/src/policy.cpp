@@ -108,6 +108,16 @@ void move_boundaries(const Snapshot& snapshot, bool active, const Range& range,
   }
 }
 
+// Leaves the boundaries of idle branches where they are.
+void keep_idle(const Snapshot& snapshot, std::vector<std::uint32_t>& streamed) {
+  for (std::size_t i = 0; i < snapshot.branches.size(); ++i) {
+    const BranchView& view = snapshot.branches[i];
+    if (view.active) continue;
+    streamed[i] = static_cast<std::uint32_t>(
+        std::min<std::uint64_t>(view.streamed_frames, full_frames(view)));
+  }
+}
+
 // The most frames that one layer streams of `frames`, shared out evenly.
 std::uint64_t widest_share(const Totals& totals, std::uint64_t frames) {
   std::uint64_t widest = 0;
@@ -149,10 +159,14 @@ Plan plan_ring(const Snapshot& snapshot, const Totals& totals, std::uint64_t wan
       snapshot.device_frames > totals.pinned ? snapshot.device_frames - totals.pinned : 0;
   const std::uint64_t excess = totals.full() > room ? totals.full() - room : 0;
   if (excess == 0 && wanted == 0) {
-    // Where nothing else needs its room it stays for steps that stream again: to come back it would
-    // have to wait for copies out of the frames that it takes.
+    // What is set aside of idle branches costs nothing until a step reads them, whose plan then
+    // finds the boundaries where it left them: from anew they would lie elsewhere, and what is in
+    // the pool by the old ones would be read beside what leaves by the new.
+    keep_idle(snapshot, plan.streamed_frames);
+    // Where nothing else needs its room the ring stays for steps that stream again: to come back it
+    // would have to wait for copies out of the frames that it takes.
     plan.ring_frames = static_cast<std::uint32_t>(
-        std::min<std::uint64_t>(snapshot.ring_frames, room - totals.full()));
+        std::min<std::uint64_t>(snapshot.ring_frames, room - (totals.full() - plan.streamed())));
     return plan;
   }
 

@@ -166,6 +166,26 @@ TEST(Policy, BoundariesStayWhereTheyAre) {
   EXPECT_LE(steps_that_moved, 24U) << "32 blocks filled in each layer";
 }
 
+// Prompts beside idle sequences, of which some was set aside: while all would fit, and when it does
+// not any more, what is in the pool already is what lies there.
+TEST(Policy, WhatIsSetAsideStaysWhereItIs) {
+  std::vector<BranchView> branches{{4, 40, 1, false}, {4, 40, 1, false}, {4, 0, 1, true}};
+  branches[0].streamed_frames = 30;
+  branches[1].streamed_frames = 18;
+  for (std::uint32_t prompt = 0; prompt <= 24; prompt += 4) {  // all would fit up to 16 blocks
+    branches.back().full_blocks = prompt;
+    Snapshot snapshot = make_snapshot(4, 4 * 99, branches);
+    snapshot.ring_frames = 8;
+    const Plan plan = make_policy("fit")->plan(snapshot);
+    EXPECT_EQ(plan.streamed_frames, (std::vector<std::uint32_t>{30, 18, 0})) << prompt;
+    EXPECT_EQ(plan.ring_frames, 8U) << prompt;
+  }
+  for (BranchView& view : branches) view.active = true;  // read, it comes back where there is room
+  branches.back().full_blocks = 0;
+  const Plan plan = make_policy("fit")->plan(make_snapshot(4, 4 * 99, branches));
+  EXPECT_EQ(plan.streamed(), 0U);
+}
+
 // Layers of two windows never share the ring: it is as large as the widest of them asks.
 TEST(Policy, TheRingHoldsTwoOfTheWidestLayers) {
   const std::vector<BranchView> branches{{2, 60, 1, true, 0}, {28, 3, 1, true, 1}};
