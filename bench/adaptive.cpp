@@ -1,8 +1,9 @@
 // What a server gains that admits by the cache's headroom, on simulated machines.
 //
-//   adaptive [steps]      on three machines, requests as fast as they are admitted
-//   adaptive scenarios    on five, loads and machines that change: see tests/cpp/scenarios.hpp
-//   adaptive scenarios N  on the N-th of them
+//   adaptive [steps]              on three machines, requests as fast as they are admitted
+//   adaptive scenarios            on five, loads and machines that change (scenarios.hpp)
+//   adaptive scenarios N [steps]  on the N-th of them; contexts that grow do so by 600 to 1,800
+//                                 tokens, so that what is too much shows in some 900 steps only
 //
 // Requests of 2,048 tokens come as fast as they are admitted, answer 64 to 319 tokens each, and go.
 // First with fixed numbers of them at once, from what the device holds (1.00) up; then as many as
@@ -69,8 +70,7 @@ Serving deep_machine() {
   return serving;
 }
 
-void measure_scenarios(const Serving& serving) {
-  constexpr int steps = 240;
+void measure_scenarios(const Serving& serving, int steps) {
   const pie::testing::Request usual = pie::testing::usual_request(serving);
   const std::size_t fits = pie::testing::fits(serving, usual);
   std::printf("%s: the device holds %zu requests of %u tokens\n", serving.name.c_str(), fits,
@@ -100,7 +100,8 @@ int main(int argc, char** argv) {
           pie::testing::rtx4090_27b(), pie::testing::cpu_small()};
       const std::size_t first = argc > 2 ? std::strtoul(argv[2], nullptr, 10) - 1 : 0;
       const std::size_t last = argc > 2 ? first + 1 : machines.size();
-      for (std::size_t i = first; i < last; ++i) measure_scenarios(machines.at(i));
+      const int scenario_steps = argc > 3 ? std::atoi(argv[3]) : 240;
+      for (std::size_t i = first; i < last; ++i) measure_scenarios(machines.at(i), scenario_steps);
       return 0;
     }
     for (const Serving& serving :

@@ -108,16 +108,6 @@ void move_boundaries(const Snapshot& snapshot, bool active, const Range& range,
   }
 }
 
-// Leaves the boundaries of idle branches where they are.
-void keep_idle(const Snapshot& snapshot, std::vector<std::uint32_t>& streamed) {
-  for (std::size_t i = 0; i < snapshot.branches.size(); ++i) {
-    const BranchView& view = snapshot.branches[i];
-    if (view.active) continue;
-    streamed[i] = static_cast<std::uint32_t>(
-        std::min<std::uint64_t>(view.streamed_frames, full_frames(view)));
-  }
-}
-
 // The most frames that one layer streams of `frames`, shared out evenly.
 std::uint64_t widest_share(const Totals& totals, std::uint64_t frames) {
   std::uint64_t widest = 0;
@@ -162,7 +152,8 @@ Plan plan_ring(const Snapshot& snapshot, const Totals& totals, std::uint64_t wan
     // What is set aside of idle branches costs nothing until a step reads them, whose plan then
     // finds the boundaries where it left them: from anew they would lie elsewhere, and what is in
     // the pool by the old ones would be read beside what leaves by the new.
-    keep_idle(snapshot, plan.streamed_frames);
+    const std::uint64_t most = snapshot.pool_frames;
+    move_boundaries(snapshot, false, {0, most, most}, plan.streamed_frames);
     // Where nothing else needs its room the ring stays for steps that stream again: to come back it
     // would have to wait for copies out of the frames that it takes.
     plan.ring_frames = static_cast<std::uint32_t>(
