@@ -697,6 +697,24 @@ def test_implicit_default_device_is_not_used():
         assert all(out.device.type == "cpu" for out in outs)
 
 
+def test_a_pool_shrinks_below_what_idle_sequences_set_aside():
+    """What fits on the device by then is brought back."""
+    frame = kv_bytes(1, KV_HEADS, HEAD_DIM, "f32", 16)  # a block of one layer
+    reference = Reference()
+    with make(60 * frame, block_tokens=16, pool_bytes=300 * frame) as cache:
+        idle, large = cache.add(), cache.add()
+        run_step(cache, [(idle, 160)], reference)
+        run_step(cache, [(large, 480)])
+        cache.free(large)
+        small = cache.add()
+        run_step(cache, [(small, 16)], reference)  # while all would fit
+        assert cache.stats().pool_bytes_used > 4 * frame
+        cache.resize(pool_bytes=4 * frame)
+        assert cache.stats().pool_bytes_used <= 4 * frame
+        cache.check()
+        run_step(cache, [(idle, 1), (small, 1)], reference)
+
+
 def test_a_resize_that_does_not_fit_speaks_of_the_resize():
     with make(policy="off", block_tokens=16) as cache:
         run_step(cache, [(cache.add(), 2000)])
