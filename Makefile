@@ -69,7 +69,7 @@ GPU_SITE := build/gpu-site
 gpu-check: ## Check and measure on this machine's GPU, with the wheels of gpu-check-wheels
 	@mkdir -p build
 	python3 -m pip install -q --no-index --no-deps --upgrade --target $(GPU_SITE) build/gpu-wheels/*.whl
-	LD_LIBRARY_PATH=build/gpu-wheels PYTHONPATH=$(GPU_SITE) PIE_TEST_CUDA=build/gpu-wheels/test_cuda \
+	LD_LIBRARY_PATH=build/gpu-wheels PYTHONPATH=$(GPU_SITE):$$PYTHONPATH PIE_TEST_CUDA=build/gpu-wheels/test_cuda \
 	  python3 bench/gpu_check.py --report build/gpu-check.json
 
 gpu-check-wheels: build-release ## Fill build/gpu-wheels for a machine with a GPU and no package index

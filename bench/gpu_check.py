@@ -67,7 +67,10 @@ def machine() -> Report:
 # ---- is it right
 
 
-def conformance(under: Sequence[str] = (), tests: str = "CudaEarliest/*") -> Report:
+REAL = "CudaEarliest/*:CudaPageable/*:CudaAnywhere.*"  # what needs no double
+
+
+def conformance(under: Sequence[str] = (), tests: str = REAL) -> Report:
     """The backend's suite over the real driver, or the one that PIE_TEST_DRIVER names."""
     program = os.environ.get("PIE_TEST_CUDA", str(ROOT / "build/release/test_cuda"))
     if not Path(program).exists():
@@ -372,6 +375,7 @@ def filled(
     device_bytes: int,
     pool_bytes: int,
     share: float | None = None,
+    objective: str = "transparent",
 ) -> tuple[pie.TieredKVCache, list[int]]:
     """A cache of Llama-8B's geometry whose sequences have these lengths."""
     cache = pie.TieredKVCache(
@@ -385,17 +389,24 @@ def filled(
         block_tokens=64,
         policy=policy,
         in_place_share=share,
+        objective=objective,
     )
-    sequences = [cache.add() for _ in lengths]
-    for sequence, length in zip(sequences, lengths, strict=True):
-        for begin in range(0, length, 2048):
-            rows = min(2048, length - begin)
-            k, v = (torch.randn(rows, 8, 128, device=GPU, dtype=torch.bfloat16) for _ in range(2))
-            with cache.step([(sequence, rows)]):
-                for layer in range(layers):
-                    cache._run(layer, k, v, None, None)
+    sequences: list[int] = []
+    for length in lengths:
+        append(cache, sequences, length)
     torch.cuda.synchronize()
     return cache, sequences
+
+
+def append(cache: pie.TieredKVCache, sequences: list[int], length: int) -> None:
+    """One more sequence, of random K and V."""
+    sequences.append(cache.add())
+    for begin in range(0, length, 2048):
+        rows = min(2048, length - begin)
+        k, v = (torch.randn(rows, 8, 128, device=GPU, dtype=torch.bfloat16) for _ in range(2))
+        with cache.step([(sequences[-1], rows)]):
+            for layer in range(cache.num_layers):
+                cache._run(layer, k, v, None, None)
 
 
 class Spy:
@@ -689,6 +700,129 @@ def transparency(rounds: int = 9, batch: int = 256, length: int = 3072) -> Repor
     }
 
 
+def admitted(objective: str) -> Report:
+    """Sequences of 512 tokens by `headroom()`, beside those that fill the device: how many, what
+    the link could bring in a step, and what a step takes against one with all KV on the device.
+    """
+    layers, length, fitting = 8, 512, 192
+    decoder = Decoder(layers)
+    one = 2 * 8 * 128 * 2 * (length + 64) * layers
+    budgets = (one * fitting, 2 * one * fitting)
+    cache, sequences = filled([length] * fitting, layers, "adaptive", *budgets, None, objective)
+    whole, theirs = filled([length] * fitting, layers, "off", 3 * one * fitting, 0)
+    waited = 0
+    while waited < 12 and len(sequences) < 2 * fitting:
+        waited += 1
+        if cache.headroom().tokens >= length + 64:
+            append(cache, sequences, length)
+            append(whole, theirs, length)
+            waited = 0
+        seconds(decoder, cache, sequences)
+    ratios, before = [], cache.stats()
+    for _ in range(15):
+        alone = seconds(decoder, whole, theirs)
+        ratios.append(seconds(decoder, cache, sequences) / alone)
+    stats = cache.stats()
+    steps = stats.steps - before.steps
+    found = {
+        "fitting": fitting,
+        "running": len(sequences),
+        "step_ms": 1e3 * alone,
+        "against_resident": statistics.median(ratios),
+        "worst": max(ratios),
+        "streamed_bytes_a_step": (stats.streamed_bytes - before.streamed_bytes) // steps,
+        "link_bytes_a_step": int(stats.link_bytes_per_s * alone),
+        "link_gb_s": stats.link_bytes_per_s / 1e9,
+        "beside_ns_a_byte": stats.interference_ns_per_byte,
+        "budget": stats.budget_reason,
+    }
+    cache.close()
+    whole.close()
+    return found
+
+
+def adaptive() -> Report:
+    return {objective: admitted(objective) for objective in ("transparent", "throughput")}
+
+
+def model(batch: int = 8, length: int = 2048, rounds: int = 9) -> Report:
+    """Decode steps of Llama-8B's shape by transformers, random weights in bf16: the cache of
+    transformers, Pie's with all KV on the device, with three quarters, with a half; in turn.
+    """
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+    from pie.hf import TieredCache
+    from pie.hf.generation import cache_argument
+
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        dtype=torch.bfloat16,
+    )
+    with GPU:
+        llama = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    kv = 2 * 8 * 128 * 2 * 32 * (length + 64) * batch
+    caches: dict[str, Any] = {"transformers": DynamicCache(config=config)}
+    config._attn_implementation = "pie"
+    for share in (1.0, 0.75, 0.5):
+        room = int(kv * share) if share < 1 else 2 * kv
+        caches[f"pie {share}"] = TieredCache(
+            config, torch.bfloat16, GPU, device_bytes=room, pool_bytes=2 * kv
+        )
+    ids = torch.ones(batch, 1, dtype=torch.long, device=GPU)
+
+    def step(name: str) -> None:
+        config._attn_implementation = "pie" if name.startswith("pie") else "sdpa"
+        arguments = cache_argument(llama, caches[name])
+        llama(ids, use_cache=True, logits_to_keep=1, **arguments)
+        caches[name].crop(-1)
+
+    took: dict[str, list[float]] = {name: [] for name in caches}
+    with torch.inference_mode():
+        for name, cache in caches.items():
+            store(cache, name, batch, length)
+        before = {name: caches[name].stats() for name in list(caches)[1:]}
+        for turn in range(-1, rounds):
+            for name, times in took.items():
+                step(name)
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                for _ in range(4):
+                    step(name)
+                torch.cuda.synchronize()
+                times += [(time.perf_counter() - began) / 4] * (turn >= 0)
+    base = took["transformers"]
+    found: Report = {"batch": batch, "length": length, "kv_bytes": kv}
+    for name, times in took.items():
+        found[f"{name}, ms"] = 1e3 * statistics.median(times)
+        ratios = [t / b for t, b in zip(times, base, strict=True)]
+        found[f"{name}, against transformers"] = statistics.median(ratios)
+        if name != "transformers":
+            stats = caches[name].stats()
+            steps = stats.steps - before[name].steps
+            streamed = stats.streamed_bytes - before[name].streamed_bytes
+            found[f"{name}, streamed bytes a step"] = streamed // steps
+            caches[name].close()
+    return found
+
+
+def store(cache: Any, name: str, batch: int, length: int) -> None:
+    """Random K and V of so many tokens, in chunks that a small device holds."""
+    for begin in range(0, length, 256):
+        new = min(256, length - begin)
+        query = torch.zeros(batch, 32, new, 128, device=GPU, dtype=torch.bfloat16)
+        for layer in range(32):
+            k, v = torch.randn(2, batch, 8, new, 128, device=GPU, dtype=torch.bfloat16)
+            cache.update(k, v, layer)
+            if name.startswith("pie"):
+                cache.attend(layer, query, k, v, None, None)
+
+
 SECTIONS: dict[str, Callable[[], Report]] = {
     "machine": machine,
     "conformance": conformance,
@@ -701,6 +835,8 @@ SECTIONS: dict[str, Callable[[], Report]] = {
     "in_place": in_place,
     "prompt": prompt,
     "transparency": transparency,
+    "adaptive": adaptive,
+    "model": model,
 }
 
 
@@ -741,8 +877,9 @@ def main() -> int:
             report[name] = SECTIONS[name]()
         except Exception:
             report[name] = {"ok": False, "raised": traceback.format_exc()[-3000:]}
+        report[name]["took_s"] = round(time.perf_counter() - began, 1)
         failed = failed or report[name].get("ok") is False
-        print(f"== {name}, {time.perf_counter() - began:.1f} s")
+        print(f"== {name}")
         print(json.dumps(report[name], indent=1), flush=True)
         if arguments.report is not None:
             arguments.report.write_text(json.dumps(report, indent=1) + "\n")

@@ -35,16 +35,21 @@ CudaOptions options_for(std::uint32_t device_frames, std::uint32_t pool_frames) 
 
 // ---- conformance --------------------------------------------------------------------------------
 
-template <fake::Order order, bool coherent = false>
+enum class CpuMemory : std::uint8_t { pinned, pageable, coherent };
+
+template <fake::Order order, CpuMemory memory = CpuMemory::pinned>
 struct InOrder : testing::OnCuda {
   static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
+    constexpr bool coherent = memory == CpuMemory::coherent;
     if (!is_double() && (order != fake::Order::earliest || coherent)) {
       throw ConfigError("a GPU has an order of its own");
     }
     fake::set_profile(coherent ? fake::gh200() : fake::Profile{});
     fake::set_order(order, 7);
+    CudaOptions options = options_for(device_frames, pool_frames);
+    if (memory == CpuMemory::pageable) options.pool_io = "pageable";
     try {
-      return open_cuda(options_for(device_frames, pool_frames));
+      return open_cuda(options);
     } catch (const ConfigError& error) {
       throw std::runtime_error(error.what());  // no reason to skip a test
     }
@@ -55,8 +60,31 @@ INSTANTIATE_TYPED_TEST_SUITE_P(CudaEarliest, BackendConformance, InOrder<fake::O
 INSTANTIATE_TYPED_TEST_SUITE_P(CudaLatest, BackendConformance, InOrder<fake::Order::latest>);
 INSTANTIATE_TYPED_TEST_SUITE_P(CudaRandom, BackendConformance, InOrder<fake::Order::random>);
 
-using Coherent = InOrder<fake::Order::random, true>;
+using Pageable = InOrder<fake::Order::earliest, CpuMemory::pageable>;
+INSTANTIATE_TYPED_TEST_SUITE_P(CudaPageable, BackendConformance, Pageable);
+
+using Coherent = InOrder<fake::Order::random, CpuMemory::coherent>;
 INSTANTIATE_TYPED_TEST_SUITE_P(CudaCoherent, BackendConformance, Coherent);
+
+// Another backend's memory stands for a tensor's.
+TEST(CudaAnywhere, TakesMemoryOfTheCallers) {
+  using On = testing::OnCuda;
+  if (is_double()) fake::set_profile({});
+  const auto owner = open_cuda(options_for(12, 0));
+  CudaOptions options = options_for(8, 8);
+  options.device_memory = owner->address(4);
+  {
+    const auto backend = open_cuda(options);
+    EXPECT_EQ(backend->capabilities().device_frames_max, 8U);
+    EXPECT_EQ(backend->resize_device(12), 8U);
+    EXPECT_EQ(backend->memory(), nullptr) << "nobody but the caller holds it";
+    ASSERT_EQ(grow_pool(*backend, 8), 8U);
+    fill<On>(*backend, 0, 1);
+    ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, 1}})));
+    ASSERT_TRUE(is_ok(finish(*backend, to_device, {{7, 0, 1}})));
+  }
+  EXPECT_TRUE(holds<On>(*owner, 11, 1)) << "it stays the caller's";
+}
 
 // ---- what only this backend promises ------------------------------------------------------------
 
@@ -205,27 +233,14 @@ TEST_F(Cuda, SeveralGpusHaveACacheEach) {
   EXPECT_EQ(fake::take_violations(), std::vector<std::string>());
 }
 
-// Another backend's memory stands for a tensor's.
-TEST_F(Cuda, TakesMemoryOfTheCallers) {
+TEST_F(Cuda, RefusesMemoryThatIsNotThatGpus) {
   become({.devices = 2});
-  using On = testing::OnCuda;
   const auto owner = open_cuda(options_for(12, 0));
   CudaOptions options = options_for(8, 8);
   options.device_memory = owner->address(4);
   const std::size_t held = fake::holdings().device_bytes;
-  {
-    const auto backend = open_cuda(options);
-    EXPECT_EQ(fake::holdings().device_bytes, held);
-    EXPECT_EQ(backend->capabilities().device_frames_max, 8U);
-    EXPECT_EQ(backend->resize_device(12), 8U);
-    EXPECT_EQ(backend->memory(), nullptr) << "nobody but the caller holds it";
-    ASSERT_EQ(grow_pool(*backend, 8), 8U);
-    fill<On>(*backend, 0, 1);
-    ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, 1}})));
-    ASSERT_TRUE(is_ok(finish(*backend, to_device, {{7, 0, 1}})));
-  }
-  EXPECT_TRUE(holds<On>(*owner, 11, 1)) << "it stays the caller's";
-  EXPECT_EQ(fake::holdings().device_bytes, held);
+  EXPECT_NE(open_cuda(options), nullptr);
+  EXPECT_EQ(fake::holdings().device_bytes, held) << "none was taken beside the caller's";
 
   options.device = 1;
   expect_says(refusal_of<ConfigError>(options), "bytes of 'cuda:1': give memory of that GPU");
