@@ -319,7 +319,8 @@ class TieredKVCache:
         """
         layer = self._layer(layer)
         for name, tensor in (("q", q), ("k", k), ("v", v)):
-            self._check_place(name, tensor)
+            if type(tensor) is not torch.Tensor or tensor.device != self.device:  # as it never is
+                self._check_place(name, tensor)
         if out is None:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse else None

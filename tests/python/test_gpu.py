@@ -556,15 +556,18 @@ def test_gpu_check_runs_to_its_end(tmp_path: Path) -> None:
 # ---- for real processors ------------------------------------------------------------------------
 
 COMPILE = """
+import ctypes
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
+import types as python_types
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from pie.gpu import kernels
+from pie.gpu.launch import Launch
 
 numbers = ("q_row q_head out_row out_head frame_stride blocks found_rows split_tokens window k_row "
            "k_head v_row v_head first_row longest batch rows count").split()
@@ -583,7 +586,48 @@ def compiled(kernel, constants, **options):
     signature |= dict.fromkeys(names[first:], "constexpr")
     values = {(first + i,): value for i, value in enumerate(constants)}
     source = ASTSource(kernel, signature, values, {(i,): [["tt.divisibility", 16]] for i in even})
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    check_launch(made, list(signature.values()))
+    return made
+
+# What the driver is given by us for a kernel, by what Triton compiled.
+def check_launch(made, kinds):
+    tensors = sum(kind[0] == "*" for kind in kinds)
+    given = [1000 + i for i in range(tensors)]
+    numbers = [1 if kind == "constexpr" else 2 + i for i, kind in enumerate(kinds[tensors:])]
+    taken = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+    wanted = [(taken.get(kind, ctypes.c_uint64), value)
+              for kind, value in zip(kinds, given + numbers) if kind != "constexpr"]
+    head = made.asm["ptx"].split(".entry")[1].split("{")[0]
+    extra = head.count(".param") - len(wanted)
+    assert extra in (0, 1, 2), head
+    seen = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p,
+                      ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)
+    def entry(function, x, y, z, threads, one, other, shared, stream, places, more):
+        values = [kind.from_address(places[i]).value for i, (kind, _) in enumerate(wanted)]
+        values += [ctypes.c_uint64.from_address(places[len(wanted) + i]).value
+                   for i in range(extra)]
+        seen.append([function, x, y, z, threads, one, other, shared, stream, values, more])
+        return 4
+
+    loaded = python_types.SimpleNamespace(
+        function=77, src=made.src, asm=made.asm, metadata=made.metadata)
+    launch = Launch(loaded, (5, 6), tensors, numbers, entry)
+    threads, shared = 32 * made.metadata.num_warps, made.metadata.shared
+    for stream in (8, 9):
+        given = [address + stream for address in given]
+        assert launch(stream, given) == 4
+        wanted[:tensors] = [(ctypes.c_uint64, address) for address in given]
+        values = [value for _, value in wanted] + [0] * extra
+        assert seen.pop() == [77, 5, 6, 1, threads, 1, 1, shared, stream, values, None]
+
+def compiled_for_one():
+    source = ASTSource(kernels.bring, {"to": "*i32", "staged": "*i32", "count": "constexpr",
+                                       "BLOCK": "constexpr"}, {(2,): 1, (3,): 64})
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    check_launch(made, ["*i32", "*i32", "constexpr", "constexpr"])
 
 # Registers of a thread, and bytes that did not find one.
 def usage(cubin):
@@ -617,6 +661,7 @@ for capability in map(int, sys.argv[1:]):
     compiled(kernels.gather, (8, 128, 64, 64, 128))
     compiled(kernels.edit, (64,))
     compiled(kernels.bring, (64,))
+    compiled_for_one()
 """
 
 

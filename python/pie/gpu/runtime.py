@@ -5,6 +5,7 @@ Everything else asks it, so that a test can put a double in its place.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +16,7 @@ from torch.utils.dlpack import from_dlpack
 
 from pie import _core
 from pie._core import ConfigError
+from pie.gpu.launch import Launch
 
 # A range that a kernel uses: its address, its bytes, and whether it is written.
 Use = tuple[int, int, bool]
@@ -47,12 +49,13 @@ class Runtime:
         self.device = torch.device("cuda", index)  # where tensors of it are
         self.name = str(self.device)
         self._staging: Staging | None = None
-        self._launched: dict[tuple[Any, ...], Callable[..., None]] = {}
+        self._launched: dict[tuple[Any, ...], Launch | None] = {}
+        self._entry: Any = ctypes.CDLL("libcuda.so.1").cuLaunchKernel
         self.processors: int = torch.cuda.get_device_properties(index).multi_processor_count
 
     def stream(self) -> int:
         """The compute stream of the caller."""
-        stream: int = torch.cuda.current_stream(self.device).cuda_stream
+        stream: int = torch._C._cuda_getCurrentRawStream(self.device.index)  # what Triton asks
         return stream
 
     def is_here(self, tensor: torch.Tensor) -> bool:
@@ -68,14 +71,15 @@ class Runtime:
         """int32 that a kernel, which is launched next, reads once: in pinned CPU memory, or where
         it is much, on the device by a copy.
         """
-        with torch.inference_mode(False):
-            if len(data) > 4 * _STAGED:
+        if len(data) > 4 * _STAGED:
+            with torch.inference_mode(False):
                 whole = torch.frombuffer(bytearray(data), dtype=torch.int32).pin_memory()
                 return whole.to(self.device, non_blocking=True)
-            if self._staging is None:
+        if self._staging is None:
+            with torch.inference_mode(False):
                 memory = torch.empty(2 * _STAGED, dtype=torch.int32, pin_memory=True)
-                self._staging = Staging(memory, lambda: torch.cuda.current_stream().record_event())
-            return self._staging.take(data)
+            self._staging = Staging(memory, lambda: torch.cuda.current_stream().record_event())
+        return self._staging.take(data)
 
     def active(self) -> AbstractContextManager[Any]:
         """Makes this the device that kernels are launched on."""
@@ -106,18 +110,31 @@ class Runtime:
         launched with the same numbers before is launched again without asking it; that is right
         where all tensors begin on 16 bytes (`aligned`), which Triton then took for granted.
         """
-        key = (kernel, grid, numbers, constants, tensors[0].dtype, aligned)
-        again = self._launched.get(key)
-        if again is not None:
-            again(*tensors, *numbers, *constants, stream=stream)
+        key = (id(kernel), grid, numbers, constants, tensors[0].dtype)
+        known = self._launched.get(key) if aligned else None
+        if known is not None and known(stream, [one.data_ptr() for one in tensors]) == 0:
             return
+        # Where the driver would not, this makes a context current, or raises what is wrong.
         options = {"num_warps": warps, "num_stages": stages}
         compiled = kernel[grid](*tensors, *numbers, *constants, **options)
-        if not aligned:
-            return
+        if aligned and key not in self._launched:
+            self._keep(key, compiled, grid, len(tensors), numbers)
+
+    def _keep(
+        self,
+        key: tuple[Any, ...],
+        compiled: Any,
+        grid: tuple[int, ...],
+        tensors: int,
+        numbers: tuple[float, ...],
+    ) -> None:
+        """Remembers how it is launched; None where only Triton knows."""
         if len(self._launched) >= _LAUNCHED_MOST:
             self._launched.clear()
-        self._launched[key] = compiled[(*grid, 1, 1)[:3]]
+        try:
+            self._launched[key] = Launch(compiled, grid, tensors, numbers, self._entry)
+        except NotImplementedError:
+            self._launched[key] = None
 
 
 class Mark(Protocol):
