@@ -1,11 +1,11 @@
 // The pool: CPU memory that copies to and from the device run beside the computation from.
 //
 // It is made ready, chunk by chunk, by a thread of its own: that takes a tenth of a second a
-// gigabyte, and what is ready already is usable meanwhile. By default that is to pin it: a chunk is
-// one registration, and no copy may span two, so copies are split where chunks end. Where the GPU
-// shares the CPU's page tables (GH200, GB200) nothing is pinned: memory is bound to the GPU's own
-// CPU and taken from the system. Where the system pins nothing the memory is used as it is: copies
-// then hold up whoever submits them.
+// gigabyte, and what is ready already is usable meanwhile. It is taken from the system, and by
+// default pinned: a chunk is one registration, and no copy may span two, so copies are split where
+// chunks end. Where the GPU shares the CPU's page tables (GH200, GB200) nothing is pinned, and
+// memory is bound to the GPU's own CPU. Where the system pins nothing the memory is used as it is:
+// copies then hold up whoever submits them.
 #pragma once
 
 #include <algorithm>

@@ -72,8 +72,8 @@ class Caller {
   std::byte* take(Bytes bytes) {
     if (slab_ == nullptr) {
       const cuda::Current current(driver_, context_);
-      void* mapped =
-          ::mmap(nullptr, slab_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      void* mapped = ::mmap(nullptr, slab_bytes, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
       slab_ = static_cast<std::byte*>(mapped);
       driver_.require(driver_.host_register(slab_, slab_bytes, 0), "");
     }

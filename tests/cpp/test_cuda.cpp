@@ -258,7 +258,7 @@ TEST_F(Cuda, SaysWhyItPinsNoMore) {
   become({.pinnable_bytes = now + (std::size_t{100} << 20)});
   const auto backend = open_cuda(options_for(4, 40'000));
   const std::uint32_t frames = grow_pool(*backend, 40'000);
-  EXPECT_EQ(frames, 16'384U) << "the first 64 MiB";
+  EXPECT_EQ(frames, 24'576U) << "the first 96 MiB";
   expect_says(backend->pool_refusal(), "pinning more CPU memory failed: out of memory");
 }
 

@@ -421,6 +421,14 @@ bool Machine::is_mapped(Address begin, std::size_t bytes) const {
   return true;
 }
 
+// Whether the system has given this process all pages of a range.
+bool is_taken(void* start, std::size_t bytes) {
+  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  std::vector<unsigned char> taken((bytes + page - 1) / page);
+  return ::mincore(start, bytes, taken.data()) == 0 &&
+         std::ranges::all_of(taken, [](unsigned char one) { return (one & 1U) != 0; });
+}
+
 // Of the host, and not registered. No copy may be in part of one registration.
 bool Machine::is_pageable(Address begin, std::size_t bytes) {
   if (reach(begin) != pointer_to<std::byte>(begin)) {
@@ -803,6 +811,9 @@ CUresult cuMemHostRegister_v2(void* start, std::size_t bytes, unsigned) {
   FAKE_UNSAFE_CALL("cuMemHostRegister");
   if (!machine().profile.pins) return CUDA_ERROR_NOT_PERMITTED;
   if (machine().pinned + bytes > machine().profile.pinnable_bytes) return CUDA_ERROR_OUT_OF_MEMORY;
+  if (!fake::is_taken(start, bytes)) {
+    machine().complain("memory is pinned whose pages the driver has to take from the system first");
+  }
   machine().pinned += bytes;
   machine().registered[reinterpret_cast<std::uint64_t>(start)] = bytes;
   return CUDA_SUCCESS;
