@@ -3,10 +3,12 @@
 #include <unistd.h>
 
 #include <array>
+#include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "conformance.hpp"
@@ -260,6 +262,24 @@ TEST_F(Cuda, SaysWhyItPinsNoMore) {
   const std::uint32_t frames = grow_pool(*backend, 40'000);
   EXPECT_EQ(frames, 24'576U) << "the first 96 MiB";
   expect_says(backend->pool_refusal(), "pinning more CPU memory failed: out of memory");
+}
+
+// Who goes on asking for as much gets it once the system has it, a second later.
+TEST_F(Cuda, PinsMoreOnceTheSystemDoes) {
+  const std::size_t now = fake::holdings().pinned_bytes;
+  become({.pinnable_bytes = now + (std::size_t{100} << 20)});
+  const auto backend = open_cuda(options_for(4, 40'000));
+  ASSERT_LT(grow_pool(*backend, 40'000), 40'000U);
+  become({});
+  while (grow_pool(*backend, 40'000) < 40'000U) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  }
+  EXPECT_EQ(backend->pool_refusal(), "");
+  using On = testing::OnCuda;
+  fill<On>(*backend, 0, 7);
+  ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 39'999, 1}})));
+  ASSERT_TRUE(is_ok(finish(*backend, to_device, {{1, 39'999, 1}})));
+  EXPECT_TRUE(holds<On>(*backend, 1, 7));
 }
 
 TEST_F(Cuda, GoesOnWithMemoryThatIsNotPinned) {
