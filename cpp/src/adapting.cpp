@@ -18,11 +18,13 @@ namespace {
 constexpr double base_drift = 4e-7;  // variances, a step
 constexpr double slope_drift = 1e-10;
 constexpr double slope_unknown = 0.1;
-constexpr double doubt_unknown = 4;  // of a step, if all that it reads were streamed
+constexpr double doubt_unknown = 4;    // of a step, if all that it reads were streamed
+constexpr double any_unknown = 0.002;  // of a step, where anything is streamed
 constexpr double noise_least = 2.5e-5;
 constexpr double stray_share = 0.1;  // this far from what was predicted, and
 constexpr double stray_sigmas = 4;   // this many deviations, is another phase
 constexpr std::uint32_t strays_most = 3;
+constexpr std::uint64_t samples_few = 8;  // with fewer only what takes twice as long is far off
 
 constexpr double link_memory = 0.8;     // of what was measured before, a step
 constexpr double stall_counts = 0.01;   // share of a step from which on a stall says something
@@ -39,6 +41,8 @@ constexpr int steps_of_search = 64;         // of a search, of two
 constexpr std::uint64_t probes_most = 128;  // steps, and then
 constexpr std::uint64_t steps_a_probe = 256;
 constexpr std::uint64_t probes_at_once = 8;
+constexpr std::uint64_t probe_turns = 8;  // half of them without, and one with a part
+constexpr std::uint64_t probe_parts = 4;
 constexpr double doubt_kept = 0.005;      // of a step: less is not worth a probe
 constexpr double harmless_slack = 0.025;  // of a step, where throughput is wanted
 
@@ -78,15 +82,19 @@ std::string_view name_of(Reason reason) {
 void StepModel::restart(const StepReport& report) {
   unit_ns_ = static_cast<double>(report.step_ns - report.stall_ns);
   unit_frames_ = std::max(1.0, as_double(report.kv_frames));
-  value_ = {1, 0, 0};
+  samples_ = 0;
+  value_ = {1};
   variance_ = {};
   variance_[0][0] = variance_[1][1] = variance_[2][2] = slope_unknown;
   noise_ = noise_least;
+  streamed_ = false;
 }
 
 double StepModel::predict_ns(double kv_frames, double loaded_frames) const {
   const Vector x = inputs(kv_frames, loaded_frames);
-  return std::max(1.0, unit_ns_ * (value_[0] * x[0] + value_[1] * x[1] + value_[2] * x[2]));
+  double predicted = 0;
+  for (std::size_t i = 0; i < parts; ++i) predicted += value_[i] * x[i];
+  return std::max(1.0, unit_ns_ * predicted);
 }
 
 double StepModel::doubt_ns(double kv_frames, double loaded_frames) const {
@@ -94,34 +102,43 @@ double StepModel::doubt_ns(double kv_frames, double loaded_frames) const {
     const double share = loaded_frames / std::max(1.0, kv_frames);
     return doubt_unknown * share * predict_ns(kv_frames, 0);
   }
-  const double variance = variance_[1][1] + 2 * variance_[1][2] + variance_[2][2];
-  return loaded_frames / unit_frames_ * unit_ns_ * std::sqrt(std::max(0.0, variance));
+  Vector adds = inputs(kv_frames, loaded_frames);  // to a step that streams nothing
+  adds[0] = 0;
+  adds[1] = adds[2];
+  double variance = 0;
+  for (std::size_t i = 0; i < parts; ++i) {
+    for (std::size_t j = 0; j < parts; ++j) variance += adds[i] * variance_[i][j] * adds[j];
+  }
+  return unit_ns_ * std::sqrt(std::max(0.0, variance));
 }
 
 void StepModel::observe(const StepReport& report) {
   if (report.step_ns <= report.stall_ns) return;
-  if (samples_ == 0) restart(report);
+  const auto took = static_cast<double>(report.step_ns - report.stall_ns);
+  if (samples_ == 0 || (samples_ <= samples_few && took < unit_ns_ / 2)) restart(report);
   if (!streamed_ && report.loaded_frames > 0) {
     const double doubt = doubt_ns(as_double(report.kv_frames), unit_frames_) / unit_ns_;
-    variance_[2] = {0, 0, doubt * doubt};
-    variance_[0][2] = variance_[1][2] = 0;
+    for (std::size_t i = 0; i < parts; ++i) variance_[i][2] = variance_[2][i] = 0;
+    variance_[2][2] = doubt * doubt;
+    variance_[3][3] = any_unknown * any_unknown;
     streamed_ = true;
   }
-  const double measured = static_cast<double>(report.step_ns - report.stall_ns) / unit_ns_;
+  const double measured = took / unit_ns_;
   const Vector x = inputs(as_double(report.kv_frames), as_double(report.loaded_frames));
   Vector gain{};  // variance * x, later over its deviation
   double expected = noise_;
   double predicted = 0;
-  for (std::size_t i = 0; i < 3; ++i) {
+  for (std::size_t i = 0; i < parts; ++i) {
     variance_[i][i] += i == 0 ? base_drift : slope_drift / std::max(1.0, x[1] * x[1]);
-    for (std::size_t j = 0; j < 3; ++j) gain[i] += variance_[i][j] * x[j];
+    for (std::size_t j = 0; j < parts; ++j) gain[i] += variance_[i][j] * x[j];
     predicted += value_[i] * x[i];
   }
-  for (std::size_t i = 0; i < 3; ++i) expected += x[i] * gain[i];
+  for (std::size_t i = 0; i < parts; ++i) expected += x[i] * gain[i];
   const double off = measured - predicted;
   // One that is far off is left out; several are another phase, and its base is not known.
-  const bool stray = samples_ > 8 && std::abs(off) > stray_share * predicted &&
-                     off * off > stray_sigmas * stray_sigmas * expected;
+  const double least = samples_ > samples_few ? stray_share : 1;
+  const bool stray =
+      std::abs(off) > least * predicted && off * off > stray_sigmas * stray_sigmas * expected;
   strays_ = stray ? strays_ + 1 : 0;
   if (stray && strays_ < strays_most) return;
   if (stray) {
@@ -135,15 +152,17 @@ void StepModel::observe(const StepReport& report) {
     noise_ = std::max(noise_least, noise_ + 0.05 * (jump * jump / 2 - noise_));
   }
   ++samples_;
-  for (std::size_t i = 0; i < 3; ++i) {
+  for (std::size_t i = 0; i < parts; ++i) {
     value_[i] += gain[i] / expected * off;
-    for (std::size_t j = 0; j < 3; ++j) variance_[i][j] -= gain[i] * gain[j] / expected;
+    for (std::size_t j = 0; j < parts; ++j) variance_[i][j] -= gain[i] * gain[j] / expected;
   }
   // Reading or streaming more never takes less: what the slopes would owe is the base's.
   value_[0] += std::min(0.0, value_[1]) * x[1];
   value_[1] = std::max(0.0, value_[1]);
   value_[0] += std::min(0.0, value_[1] + value_[2]) * x[2];
   value_[2] = std::max(-value_[1], value_[2]);
+  value_[0] += std::min(0.0, value_[3]) * x[3];
+  value_[3] = std::max(0.0, value_[3]);
 }
 
 // ---- what the link brings -----------------------------------------------------------------------
@@ -315,13 +334,15 @@ Budget next_of(const Demand& demand, const State& state, const Objective& object
 
 // Before there is need of it: where more is held than a quarter of what the device can, and while
 // doubt takes a good part of what the objective allows. For a few steps, and then for as many not,
-// since it is by the difference that it shows.
+// since it is by the difference that it shows; and every other time a part of that, which tells
+// what more takes from what anything does.
 std::uint64_t probe(const Demand& demand, const State& state, const Objective& objective,
                     std::uint64_t budget) {
   if (!demand.asked || 4 * demand.active_frames < demand.device_frames) return 0;
   const std::uint64_t allowed = probes_most + state.steps / steps_a_probe;
   if (!state.decode.is_known() || state.probes >= allowed) return 0;
-  if (state.steps / probes_at_once % 2 == 1) return 0;
+  const std::uint64_t turn = state.steps / probes_at_once;
+  if (turn % 2 == 1) return 0;
   Demand held = demand;
   held.device_frames = std::min(demand.device_frames, demand.active_frames);
   const std::uint64_t little = harmless(held, state, objective);
@@ -330,7 +351,8 @@ std::uint64_t probe(const Demand& demand, const State& state, const Objective& o
   const double alone = state.decode.predict_ns(kv, 0);
   const double used = as_double(little) * state.load_ns / alone;
   const bool proven = state.load_ns > 0 && (state.timed || used < link_unproven);
-  return proven && doubt < doubt_kept * alone ? 0 : little;
+  if (proven && doubt < doubt_kept * alone) return 0;
+  return turn % probe_turns == probe_turns - 2 ? little / probe_parts : little;
 }
 
 }  // namespace

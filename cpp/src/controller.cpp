@@ -216,12 +216,12 @@ Trace Controller::take_trace() {
 
 // ---- room ---------------------------------------------------------------------------------------
 
-Headroom Controller::headroom(const Snapshot& snapshot) {
+Headroom Controller::headroom(const Snapshot& snapshot, std::uint64_t begun_frames) {
   asked_ = true;
   Demand demand = demand_of(snapshot, block_tokens_);
   demand.pool_frames = measures_ ? snapshot.pool_frames : 0;
   demand.growth_frames = demand_.growth_frames;
-  std::uint64_t held = 0;  // frames: whole blocks
+  std::uint64_t held = begun_frames;  // and whole blocks
   for (const BranchView& view : snapshot.branches) {
     held += std::uint64_t{view.full_blocks + view.pinned_blocks} * view.layers;
   }

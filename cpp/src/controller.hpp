@@ -45,8 +45,9 @@ class Controller {
 
   [[nodiscard]] const State& state() const { return state_; }
 
-  // Between steps. Counts all that is held as read by the steps to come.
-  [[nodiscard]] Headroom headroom(const Snapshot& snapshot);
+  // Between steps. Counts all that is held as read by the steps to come, and what the next one
+  // begins as held.
+  [[nodiscard]] Headroom headroom(const Snapshot& snapshot, std::uint64_t begun_frames);
 
  private:
   // When something happened, by a fence if need be.

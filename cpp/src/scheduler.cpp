@@ -1004,9 +1004,14 @@ Headroom Scheduler::headroom() {
   const std::uint32_t there = map_.pool().limit();
   const bool refused = there < pool_frames_ && !backend_.pool_refusal().empty();
   const bool given = refused && !capabilities_.streams && grow_pool(there + 1);
+  std::uint64_t begun = 0;  // blocks that the next token of each sequence begins
+  for (const auto& [id, sequence] : map_.sequences()) {
+    begun += sequence.tokens > 0 && sequence.tokens % geometry_.block_tokens == 0 ? 1 : 0;
+  }
   std::vector<BranchView> views;
   return controller_.headroom(
-      snapshot(map_.device().capacity(), refused && !given ? there : pool_frames_, views));
+      snapshot(map_.device().capacity(), refused && !given ? there : pool_frames_, views),
+      begun * geometry_.layers);
 }
 
 void Scheduler::look_ahead() {

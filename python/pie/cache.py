@@ -470,7 +470,8 @@ class TieredKVCache:
 
         It goes by what decode steps have cost so far, of which it knows nothing at first: then it
         is what the device holds. What runs is never refused its growth while either tier has room.
-        A sequence takes whole blocks. From the first call on, decode steps by policy "adaptive" may
+        A sequence takes whole blocks, with its next token: what is held is counted like that, and
+        what is to come should be. From the first call on, decode steps by policy "adaptive" may
         stream a little of what would fit, until it is known what that costs: 128 of them at most
         and then one in 256, within half of the slack.
         """

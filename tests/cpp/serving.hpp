@@ -196,7 +196,7 @@ class Server {
   [[nodiscard]] double capacity_share(double slack) const {
     auto tokens = static_cast<double>(cache_->headroom().tokens);
     for (const Running& one : running_)
-      tokens += static_cast<double>(in_blocks(cache_->length(one.sequence)));
+      tokens += static_cast<double>(in_blocks(cache_->length(one.sequence) + 1));
     return tokens / tokens_allowed(serving_, static_cast<double>(cache_->stats().device_bytes),
                                    serving_.link_bytes_per_s / link_factor_, slack);
   }
@@ -297,7 +297,7 @@ class Server {
     std::uint64_t tokens = 0;
     for (const Running& one : running_) {
       const std::uint64_t length = cache_->length(one.sequence);
-      tokens += in_blocks(length + std::min(one.left, ahead_)) - in_blocks(length);
+      tokens += in_blocks(length + std::min(one.left, ahead_)) - in_blocks(length + 1);
     }
     return tokens;
   }

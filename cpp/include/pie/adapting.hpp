@@ -47,11 +47,13 @@ struct StepReport {
   LinkUse writes;
 };
 
-// The time of a step without its stall, as base + kv * frames it reads + loaded * frames streamed:
-// a Kalman filter over base, kv and loaded - kv. What tells them apart is that the batch changes;
-// where it does not, the base follows what changes slowly, and the other two stay as they are
-// known. Until one has been streamed, a frame streamed costs what a frame read does, since it is
-// written to memory once, and nobody knows by how much more.
+// The time of a step without its stall, as base + kv * frames it reads + loaded * frames streamed +
+// what it takes to stream at all (tables are edited, a stream waits for copies): a Kalman filter
+// over base, kv, loaded - kv and that. What tells them apart is that the batch changes; where it
+// does not, the base follows what changes slowly, and the others stay as they are known. Until one
+// has been streamed, a frame streamed costs what a frame read does, since it is written to memory
+// once, and nobody knows by how much more. A step that takes several times what was predicted (it
+// compiled a kernel) is left out, and the first of all is the measure only until one takes half.
 class StepModel {
  public:
   void observe(const StepReport& report);
@@ -67,10 +69,12 @@ class StepModel {
   }
 
  private:
-  using Vector = std::array<double, 3>;
+  static constexpr std::size_t parts = 4;
+  using Vector = std::array<double, parts>;
 
   [[nodiscard]] Vector inputs(double kv_frames, double loaded_frames) const {
-    return {1, (kv_frames + loaded_frames) / unit_frames_, loaded_frames / unit_frames_};
+    return {1, (kv_frames + loaded_frames) / unit_frames_, loaded_frames / unit_frames_,
+            loaded_frames > 0 ? 1.0 : 0.0};
   }
   void restart(const StepReport& report);
 
@@ -80,7 +84,7 @@ class StepModel {
   double unit_ns_ = 1;        // the first step
   double unit_frames_ = 1;    // what it read
   Vector value_{};            // in these units
-  std::array<Vector, 3> variance_{};
+  std::array<Vector, parts> variance_{};
   double noise_ = 0;     // variance of a step, in units
   double last_off_ = 0;  // what the last step was beyond what was predicted
 };
