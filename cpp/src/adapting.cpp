@@ -41,7 +41,7 @@ constexpr int steps_of_search = 64;         // of a search, of two
 constexpr std::uint64_t probes_most = 128;  // steps, and then
 constexpr std::uint64_t steps_a_probe = 256;
 constexpr std::uint64_t probes_at_once = 8;
-constexpr std::uint64_t probe_turns = 8;  // half of them without, and one with a part
+constexpr std::uint64_t probe_turns = 8;  // half of them without, one with a part
 constexpr std::uint64_t probe_parts = 4;
 constexpr double doubt_kept = 0.005;      // of a step: less is not worth a probe
 constexpr double harmless_slack = 0.025;  // of a step, where throughput is wanted
@@ -334,8 +334,8 @@ Budget next_of(const Demand& demand, const State& state, const Objective& object
 
 // Before there is need of it: where more is held than a quarter of what the device can, and while
 // doubt takes a good part of what the objective allows. For a few steps, and then for as many not,
-// since it is by the difference that it shows; and every other time a part of that, which tells
-// what more takes from what anything does.
+// since it is by the difference that it shows; one time in four a part of that, which tells what
+// more takes from what anything does.
 std::uint64_t probe(const Demand& demand, const State& state, const Objective& objective,
                     std::uint64_t budget) {
   if (!demand.asked || 4 * demand.active_frames < demand.device_frames) return 0;

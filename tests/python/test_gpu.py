@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -553,6 +554,56 @@ def test_gpu_check_runs_to_its_end(tmp_path: Path) -> None:
     assert "## conformance" in report.with_suffix(".md").read_text()
 
 
+class Kernel:
+    """Stands for one of Triton's: counts who asks Triton to launch it."""
+
+    def __init__(self, ptx: str) -> None:
+        self.launched: list[tuple[Any, ...]] = []
+        self._compiled = SimpleNamespace(
+            function=5,
+            src=SimpleNamespace(signature={"to": "*i32", "count": "i32", "BLOCK": "constexpr"}),
+            asm={"ptx": ptx},
+            metadata=SimpleNamespace(num_ctas=1, num_warps=4, shared=0),
+        )
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, num_warps: int, num_stages: int) -> Any:
+            self.launched.append((grid, *arguments[1:], num_warps, num_stages))
+            return self._compiled
+
+        return launch
+
+
+def test_what_was_launched_is_launched_by_the_driver() -> None:
+    """Where it is known how, all begins on 16 bytes, and the driver has nothing against it."""
+    answers = [0, 0, 201]
+    by_driver: list[tuple[int, ...]] = []
+
+    def entry(function: Any, x: Any, y: Any, z: Any, threads: Any, *_: Any) -> int:
+        by_driver.append((function.value, x.value, y.value, z.value, threads.value))
+        return answers[len(by_driver) - 1]
+
+    gpu = runtime.Runtime.__new__(runtime.Runtime)
+    gpu._launched, gpu._entry = {}, entry
+    head = ".visible .entry bring(\n.param .u64 .ptr .global .align 1 a,\n.param .u32 b{}\n)\n{{"
+    kernel, strange = Kernel(head.format("")), Kernel(head.format(",\n.param .f64 c"))
+    to = torch.zeros(4, dtype=torch.int32)
+
+    def launch(kernel: Kernel, rows: int, aligned: bool = True) -> None:
+        gpu.launch(kernel, (rows, 2), tuple, (to,), (7,), (64,), 9, aligned)
+
+    for rows in (1, 2, 3, 4):
+        launch(kernel, rows)
+    assert [one[0] for one in kernel.launched] == [(1, 2), (4, 2)], "the driver refused the last"
+    assert by_driver == [(5, rows, 2, 1, 128) for rows in (2, 3, 4)]
+    launch(kernel, 5, aligned=False)
+    launch(strange, 1)
+    launch(strange, 2)
+    assert len(kernel.launched) == 3
+    assert len(strange.launched) == 2
+    assert len(by_driver) == 3
+
+
 # ---- for real processors ------------------------------------------------------------------------
 
 COMPILE = """
@@ -614,14 +665,15 @@ def check_launch(made, kinds):
 
     loaded = python_types.SimpleNamespace(
         function=77, src=made.src, asm=made.asm, metadata=made.metadata)
-    launch = Launch(loaded, (5, 6), tensors, numbers, entry)
+    launch = Launch(loaded, tensors, numbers, entry)
     threads, shared = 32 * made.metadata.num_warps, made.metadata.shared
-    for stream in (8, 9):
+    for stream, grid in ((8, (5,)), (9, (5, 6)), (10, (5, 6, 7))):
         given = [address + stream for address in given]
-        assert launch(stream, given) == 4
+        assert launch(stream, grid, given) == 4
         wanted[:tensors] = [(ctypes.c_uint64, address) for address in given]
         values = [value for _, value in wanted] + [0] * extra
-        assert seen.pop() == [77, 5, 6, 1, threads, 1, 1, shared, stream, values, None]
+        sizes = [*(*grid, 1, 1)[:3], threads, 1, 1, shared]
+        assert seen.pop() == [77, *sizes, stream, values, None]
 
 def compiled_for_one():
     source = ASTSource(kernels.bring, {"to": "*i32", "staged": "*i32", "count": "constexpr",

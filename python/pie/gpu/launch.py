@@ -28,19 +28,18 @@ _WARP = 32  # threads
 
 
 class Launch:
-    """A compiled kernel, its grid and all its arguments but the tensors, which come first.
+    """A compiled kernel and all its arguments but the tensors, which come first.
 
     Raises NotImplementedError where it is not told how the kernel takes its arguments: then
     Triton's launcher is the one to use.
     """
 
-    def __init__(
-        self, compiled: Any, grid: Sequence[int], tensors: int, numbers: Sequence[float], entry: Any
-    ) -> None:
+    def __init__(self, compiled: Any, tensors: int, numbers: Sequence[float], entry: Any) -> None:
         """`entry` is the driver's `cuLaunchKernel`."""
         metadata = compiled.metadata
         if metadata.num_ctas != 1 or any(getattr(metadata, name, 0) for name in _FORBIDDEN):
             raise NotImplementedError("It needs more than its arguments.")
+        self._compiled = compiled  # which unloads its code when nobody has it
         fields = parameters(compiled, tensors, numbers)
         taken = type("Taken", (ctypes.Structure,), {"_fields_": [(n, t) for n, t, _ in fields]})
         self._taken = taken(*(value for _, _, value in fields))
@@ -50,20 +49,24 @@ class Launch:
         self._pack = struct.Struct(f"{tensors}Q").pack_into
         self._stream = ctypes.c_void_p()
         self._entry = entry
-        sizes = (*(*grid, 1, 1)[:3], _WARP * metadata.num_warps, 1, 1, metadata.shared)
+        self._grid = [ctypes.c_uint32() for _ in range(3)]
+        sizes = (_WARP * metadata.num_warps, 1, 1, metadata.shared)
         self._arguments = (
             ctypes.c_void_p(compiled.function),
+            *self._grid,
             *(ctypes.c_uint32(size) for size in sizes),
             self._stream,
             self._places,
             ctypes.c_void_p(),
         )
 
-    def __call__(self, stream: int, addresses: Sequence[int]) -> int:
+    def __call__(self, stream: int, grid: tuple[int, ...], addresses: Sequence[int]) -> int:
         """Launches it with tensors that begin there; returns the driver's error, 0 for none.
 
         On the GPU whose context is current.
         """
+        x, y, z = self._grid
+        x.value, y.value, z.value = (*grid, 1, 1)[:3]
         self._pack(self._taken, 0, *addresses)
         self._stream.value = stream
         error: int = self._entry(*self._arguments)

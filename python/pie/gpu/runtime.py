@@ -110,29 +110,24 @@ class Runtime:
         launched with the same numbers before is launched again without asking it; that is right
         where all tensors begin on 16 bytes (`aligned`), which Triton then took for granted.
         """
-        key = (id(kernel), grid, numbers, constants, tensors[0].dtype)
+        key = (id(kernel), numbers, constants, tensors[0].dtype)
         known = self._launched.get(key) if aligned else None
-        if known is not None and known(stream, [one.data_ptr() for one in tensors]) == 0:
+        if known is not None and known(stream, grid, [one.data_ptr() for one in tensors]) == 0:
             return
         # Where the driver would not, this makes a context current, or raises what is wrong.
         options = {"num_warps": warps, "num_stages": stages}
         compiled = kernel[grid](*tensors, *numbers, *constants, **options)
         if aligned and key not in self._launched:
-            self._keep(key, compiled, grid, len(tensors), numbers)
+            self._keep(key, compiled, len(tensors), numbers)
 
     def _keep(
-        self,
-        key: tuple[Any, ...],
-        compiled: Any,
-        grid: tuple[int, ...],
-        tensors: int,
-        numbers: tuple[float, ...],
+        self, key: tuple[Any, ...], compiled: Any, tensors: int, numbers: tuple[float, ...]
     ) -> None:
         """Remembers how it is launched; None where only Triton knows."""
         if len(self._launched) >= _LAUNCHED_MOST:
             self._launched.clear()
         try:
-            self._launched[key] = Launch(compiled, grid, tensors, numbers, self._entry)
+            self._launched[key] = Launch(compiled, tensors, numbers, self._entry)
         except NotImplementedError:
             self._launched[key] = None
 
