@@ -17,7 +17,7 @@ _TYPES: dict[str, type[Any]] = {
     "i64": ctypes.c_int64,
     "fp32": ctypes.c_float,
 }
-_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.[a-z](\d+)")
+_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.([a-z])(\d+)")
 _FORBIDDEN = (
     "launch_cooperative_grid",
     "launch_pdl",
@@ -91,11 +91,12 @@ def parameters(
             raise NotImplementedError(f"It takes a number as {kind}.")
         found.append((f"p{len(found)}", taken, value))
     head = compiled.asm["ptx"].split(".entry", 1)[1].split("{", 1)[0].split("\n)", 1)[0]
-    sizes = [int(bits) // 8 for bits in _PARAMETER.findall(head)]
+    told = _PARAMETER.findall(head)
+    sizes = [int(bits) // 8 for _, bits in told]
     known = [ctypes.sizeof(kind) for _, kind, _ in found]
     if types[:tensors].count("constexpr") or sizes[: len(known)] != known:
         raise NotImplementedError(f"It takes {sizes} bytes where {known} were expected.")
-    added = sizes[len(known) :]
-    if any(size != ctypes.sizeof(ctypes.c_uint64) for size in added):
-        raise NotImplementedError(f"It takes {added} bytes more.")
+    added = told[len(known) :]
+    if any(one not in (("u", "64"), ("b", "64")) for one in added):
+        raise NotImplementedError(f"It takes {added} more.")
     return found + [(f"p{len(found) + i}", ctypes.c_uint64, 0) for i in range(len(added))]
