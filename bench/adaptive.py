@@ -126,7 +126,7 @@ def capacity(
         waited = 0
         while waited < PATIENCE:
             waited += 1
-            if cache.kv.headroom().tokens >= (chunk + BLOCK) * batch:
+            if cache.kv.headroom().tokens >= chunk * batch:
                 fill(cache, model, batch, chunk)
                 length += chunk
                 waited = 0
@@ -134,7 +134,7 @@ def capacity(
         taken = median_step(arm, ids)
         stats = cache.stats()
         offered = cache.kv.headroom().tokens
-    held = length * batch
+    held = (length + BLOCK) * batch  # whole blocks, with the one that a step's token begins
     bound = of_bound = "-"
     if stats.link_bytes_per_s > 0:
         kept = 1 - 2.5 / layers  # the rest of what is streamed is in the ring
