@@ -201,9 +201,10 @@ class Cache {
   void set_streamed(Bytes bytes);
 
   // What can be admitted now without more slowdown than the objective allows, by what decode steps
-  // have cost so far; a sequence takes whole blocks. Between steps. From the first call on, decode
-  // steps by policy "adaptive" may stream a little of what would fit, until it is known what that
-  // costs: 128 of them at most and then one in 256, within half of the slack.
+  // have cost so far. A sequence takes whole blocks, with its next token; those that are held are
+  // counted like that. Between steps. From the first call on, decode steps by policy "adaptive" may
+  // stream a little of what would fit, until it is known what that costs: 128 of them at most and
+  // then one in 256, within half of the slack.
   [[nodiscard]] Headroom headroom() const;
 
   [[nodiscard]] Stats stats() const;
