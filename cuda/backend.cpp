@@ -430,7 +430,10 @@ void Cuda::require_usable(ComputeStream stream) const {
 
 Fence Cuda::record(ComputeStream stream, Timing timing) {
   const Current mine = current();
-  if (fences_.size() >= fences_kept) reap_fences();
+  if (fences_.size() >= fences_kept) {
+    const Relaxed relaxed(driver_);
+    reap_fences();
+  }
   const Fence fence = tickets_.record(timing);
   Pending pending{fence.id, stream, {}, timing == Timing::wanted};
   if (lost_.empty() && check(events_.take(pending.event), "making an event") &&
@@ -474,6 +477,8 @@ void Cuda::wait(Nanos timeout_ns) {
 }
 
 void Cuda::reap() {
+  if (fences_.empty() && tickets_.is_idle()) return;
+  const Relaxed relaxed(driver_);
   reap_fences();
   for (const Lane lane : {Lane::device_to_pool, Lane::pool_to_device}) reap_lane(lane);
   if (!lost_.empty()) abandon();
@@ -481,7 +486,6 @@ void Cuda::reap() {
 
 // Tickets of a lane end in turn, as its stream runs them.
 void Cuda::reap_lane(Lane lane) {
-  const Relaxed relaxed(driver_);
   Tickets::Entries& live = tickets_.live(lane);
   while (!live.empty() && lost_.empty()) {
     Tickets::Entry& entry = live.begin()->second;
@@ -508,7 +512,6 @@ Nanos Cuda::began_at(const Tickets::Entry& entry) {
 
 // Those of a stream pass in turn.
 void Cuda::reap_fences() {
-  const Relaxed relaxed(driver_);
   std::vector<ComputeStream> ahead;  // streams with one that has not passed
   std::erase_if(fences_, [&](Pending& fence) {
     if (!lost_.empty() || std::ranges::find(ahead, fence.stream) != ahead.end()) return false;

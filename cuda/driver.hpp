@@ -35,6 +35,7 @@ inline constexpr bool knows_batches = false;
   CALL(device_attribute, PFN_cuDeviceGetAttribute_v2000, "cuDeviceGetAttribute")               \
   CALL(context_retain, PFN_cuDevicePrimaryCtxRetain_v7000, "cuDevicePrimaryCtxRetain")         \
   CALL(context_release, PFN_cuDevicePrimaryCtxRelease_v11000, "cuDevicePrimaryCtxRelease_v2")  \
+  CALL(context_current, PFN_cuCtxGetCurrent_v4000, "cuCtxGetCurrent")                          \
   CALL(context_push, PFN_cuCtxPushCurrent_v4000, "cuCtxPushCurrent_v2")                        \
   CALL(context_pop, PFN_cuCtxPopCurrent_v4000, "cuCtxPopCurrent_v2")                           \
   CALL(context_synchronize, PFN_cuCtxSynchronize_v2000, "cuCtxSynchronize")                    \
@@ -83,21 +84,25 @@ struct Driver {
   void require(CUresult result, const char* what) const;
 };
 
-// Makes a device's context the thread's own for as long as this lives.
+// Makes a device's context the thread's own for as long as this lives, where it is not.
 class Current {
  public:
   Current(const Driver& driver, CUcontext context) : driver_(driver) {
+    CUcontext now = nullptr;
+    if (driver_.context_current(&now) == CUDA_SUCCESS && now == context) return;
     driver_.context_push(context);
+    pushed_ = true;
   }
   Current(const Current&) = delete;
   Current& operator=(const Current&) = delete;
   ~Current() {
     CUcontext left = nullptr;
-    driver_.context_pop(&left);
+    if (pushed_) driver_.context_pop(&left);
   }
 
  private:
   const Driver& driver_;
+  bool pushed_ = false;
 };
 
 // For what asks or waits for the device, or takes memory: as long as this lives none of it ends

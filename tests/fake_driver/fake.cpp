@@ -136,6 +136,11 @@ class Machine {
     ++by_name[name];
     return failing != 0 && calls == failing ? failure : CUDA_SUCCESS;
   }
+  // Counts one that cannot fail.
+  void note(const char* name) {
+    const std::scoped_lock lock(mutex);
+    ++by_name[name];
+  }
   void complain(const std::string& words) { violations.push_back(words); }
 
   // Streams and events.
@@ -682,18 +687,27 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
 
 CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) { return CUDA_SUCCESS; }
 
+CUresult cuCtxGetCurrent(CUcontext* context) {
+  machine().note("cuCtxGetCurrent");
+  *context = fake::Machine::contexts.empty() ? nullptr : fake::Machine::contexts.back();
+  return CUDA_SUCCESS;
+}
+
 CUresult cuCtxPushCurrent_v2(CUcontext context) {
+  machine().note("cuCtxPushCurrent");
   fake::Machine::contexts.push_back(context);
   return CUDA_SUCCESS;
 }
 
 CUresult cuCtxPopCurrent_v2(CUcontext* context) {
+  machine().note("cuCtxPopCurrent");
   *context = fake::Machine::contexts.back();
   fake::Machine::contexts.pop_back();
   return CUDA_SUCCESS;
 }
 
 CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
+  machine().note("cuThreadExchangeStreamCaptureMode");
   std::swap(*mode, fake::Machine::capture_mode);
   return CUDA_SUCCESS;
 }

@@ -339,7 +339,8 @@ def test_calls_of_the_driver_a_layer(
     assert made.get("cuEventRecord", 0) <= records, made
     assert not [name for name in made if name.endswith("Synchronize")]
     if policy == "off":
-        # Whether the stream can be used, once a step.
+        # Whether the stream can be used, once a step. (Of contexts the double asks, too.)
+        made = {name: count for name, count in made.items() if not name.startswith("cuCtx")}
         assert made == {"cuStreamGetCtx": 1 / layers, "cuStreamIsCapturing": 1 / layers}
         assert launched < 2.5  # the append, the attention, and what a step is told by
 
