@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import mmap
 import multiprocessing
 import os
 import platform
@@ -330,48 +331,55 @@ def both_ways(device: torch.Tensor) -> Report:
 
 
 def registration() -> Report:
-    """Microseconds that a launch takes the host, alone and while another thread registers and gives
-    back CPU memory as a growing pool does, 64 MiB at a time; and the rate of registering.
+    """Microseconds that a launch takes the host, alone and while another thread registers memory,
+    and that a piece of it takes: of memory that the system has only promised, and of memory taken
+    from it before, which is how a growing pool does it, 8 MiB at a time.
     """
+    found: Report = {"alone_us": launches()}
+    for size, taken in ((64 * MIB, False), (64 * MIB, True), (8 * MIB, True)):
+        ending, registered = threading.Event(), [0.0]
+        thread = threading.Thread(target=register, args=(size, taken, ending, registered))
+        thread.start()
+        beside = launches()
+        ending.set()
+        thread.join()
+        name = f"{size // MIB} MiB, {'taken' if taken else 'promised'}"
+        found[name] = {"piece_us": 1e6 * statistics.median(registered[1:]), "beside_us": beside}
+    return found
+
+
+def register(size: int, taken: bool, ending: threading.Event, registered: list[float]) -> None:
+    """Registers and gives back until the end; adds the seconds that each piece took."""
+    torch.cuda.set_device(GPU)
     runtime = torch.cuda.cudart()
-    host = torch.zeros(1024 * MIB, dtype=torch.uint8)
-    small = torch.zeros(64, device=GPU)
-    ending = threading.Event()
-    registered: list[float] = []
-
-    def register() -> None:
-        torch.cuda.set_device(GPU)
-        chunk = 64 * MIB
-        while not ending.is_set():
-            for at in range(0, host.numel(), chunk):
+    while not ending.is_set():
+        with mmap.mmap(-1, 512 * MIB) as memory:
+            host = torch.frombuffer(memory, dtype=torch.uint8)
+            for at in range(0, host.numel(), size):
+                if taken:
+                    host[at : at + size : mmap.PAGESIZE] = 1
                 began = time.perf_counter()
-                runtime.cudaHostRegister(host.data_ptr() + at, chunk, 0)
-                registered.append(chunk / (time.perf_counter() - began) / 1e9)
-                if ending.is_set():
-                    break
-            for done in range(0, at + chunk, chunk):
-                runtime.cudaHostUnregister(host.data_ptr() + done)
+                runtime.cudaHostRegister(host.data_ptr() + at, size, 0)
+                registered.append(time.perf_counter() - began)
+            for at in range(0, host.numel(), size):
+                runtime.cudaHostUnregister(host.data_ptr() + at)
+            del host
 
-    def launches() -> Report:
-        taken = []
-        until = time.perf_counter() + 2
-        while time.perf_counter() < until:
-            began = time.perf_counter()
-            small.add_(1)
-            taken.append(1e6 * (time.perf_counter() - began))
-            if len(taken) % 200 == 0:
-                torch.cuda.synchronize()
-        taken.sort()
-        return {"median": statistics.median(taken), "p99": taken[len(taken) * 99 // 100]}
 
-    alone = launches()
-    thread = threading.Thread(target=register)
-    thread.start()
-    beside = launches()
-    ending.set()
-    thread.join()
-    rate = statistics.median(registered)
-    return {"alone_us": alone, "beside_us": beside, "registered_gb_s": rate}
+def launches() -> Report:
+    """Of two seconds of launches."""
+    small = torch.zeros(64, device=GPU)
+    took = []
+    until = time.perf_counter() + 2
+    while time.perf_counter() < until:
+        began = time.perf_counter()
+        small.add_(1)
+        took.append(1e6 * (time.perf_counter() - began))
+        if len(took) % 200 == 0:
+            torch.cuda.synchronize()
+    took.sort()
+    p99 = took[len(took) * 99 // 100]
+    return {"count": len(took), "median": statistics.median(took), "p99": p99, "most": took[-1]}
 
 
 def filled(
@@ -413,6 +421,27 @@ def append(cache: pie.TieredKVCache, sequences: list[int], length: int) -> None:
         with cache.step([(sequences[-1], rows)]):
             for layer in range(cache.num_layers):
                 cache._run(layer, k, v, None, None)
+
+
+def host() -> Report:
+    """Microseconds that a layer's `attend` takes the host, resident and with a quarter streamed."""
+    layers, found = 32, {}
+    for batch, length, policy in ((8, 2016, "off"), (8, 2016, "fixed:0.25"), (256, 480, "off")):
+        room = 2 * 8 * 128 * 2 * (length + 64) * batch * layers
+        cache, sequences = filled([length] * batch, layers, policy, room * 5 // 4, room)
+        q = torch.randn(batch, 32, 128, device=GPU, dtype=torch.bfloat16)
+        k, v = (torch.randn(batch, 8, 128, device=GPU, dtype=torch.bfloat16) for _ in range(2))
+        took = []
+        for _ in range(16):
+            with cache.step([(sequence, 1) for sequence in sequences]):
+                began = time.perf_counter()
+                for layer in range(layers):
+                    cache.attend(layer, q, k, v)
+                took.append(1e6 * (time.perf_counter() - began) / layers)
+        torch.cuda.synchronize()
+        found[f"{batch}x{length}, {policy}"] = statistics.median(took[6:])
+        cache.close()
+    return found
 
 
 class Spy:
@@ -615,6 +644,15 @@ class Decoder:
                 )
 
 
+@contextmanager
+def left_as_before(cache: pie.TieredKVCache, sequences: list[int]) -> Iterator[None]:
+    """What is decoded inside is taken back."""
+    lengths = [cache.length(sequence) for sequence in sequences]
+    yield
+    for sequence, length in zip(sequences, lengths, strict=True):
+        cache.truncate(sequence, length)
+
+
 def seconds(
     decoder: Decoder,
     cache: pie.TieredKVCache,
@@ -623,31 +661,26 @@ def seconds(
     beside: Callable[[int], None] | None = None,
 ) -> float:
     """Of a step, the mean of several that follow each other; then the sequences are as before."""
-    lengths = [cache.length(sequence) for sequence in sequences]
-    for _ in range(2):
-        decoder.step(cache, sequences, beside)
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(steps):
-        decoder.step(cache, sequences, beside)
-    torch.cuda.synchronize()
-    took = (time.perf_counter() - began) / steps
-    for sequence, length in zip(sequences, lengths, strict=True):
-        cache.truncate(sequence, length)
-    return took
+    with left_as_before(cache, sequences):
+        for _ in range(2):
+            decoder.step(cache, sequences, beside)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(steps):
+            decoder.step(cache, sequences, beside)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - began) / steps
 
 
 def asking_ms(decoder: Decoder, cache: pie.TieredKVCache, sequences: list[int]) -> float:
     """Milliseconds that a step takes the host, which asks for it."""
-    lengths = [cache.length(sequence) for sequence in sequences]
     took = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        decoder.step(cache, sequences)
-        took.append(1e3 * (time.perf_counter() - began))
-    for sequence, length in zip(sequences, lengths, strict=True):
-        cache.truncate(sequence, length)
+    with left_as_before(cache, sequences):
+        for _ in range(5):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            decoder.step(cache, sequences)
+            took.append(1e3 * (time.perf_counter() - began))
     return statistics.median(took)
 
 
@@ -817,7 +850,8 @@ def model(batch: int = 8, length: int = 2016, rounds: int = 9) -> Report:
                 for _ in range(4):
                     step(name)
                 torch.cuda.synchronize()
-                times += [(time.perf_counter() - began) / 4] * (turn >= 0)
+                if turn >= 0:
+                    times.append((time.perf_counter() - began) / 4)
     base = took["transformers"]
     found: Report = {"batch": batch, "length": length, "kv_bytes": kv}
     for name, times in took.items():
@@ -853,6 +887,7 @@ SECTIONS: dict[str, Callable[[], Report]] = {
     "tokens": tokens,
     "link": link,
     "registration": registration,
+    "host": host,
     "attention": attention,
     "in_place": in_place,
     "prompt": prompt,

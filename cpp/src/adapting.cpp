@@ -87,6 +87,8 @@ void StepModel::restart(const StepReport& report) {
   variance_ = {};
   variance_[0][0] = variance_[1][1] = variance_[2][2] = slope_unknown;
   noise_ = noise_least;
+  last_off_ = 0;
+  strays_ = 0;
   streamed_ = false;
 }
 

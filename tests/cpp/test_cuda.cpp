@@ -271,9 +271,10 @@ TEST_F(Cuda, PinsMoreOnceTheSystemDoes) {
   const auto backend = open_cuda(options_for(4, 40'000));
   ASSERT_LT(grow_pool(*backend, 40'000), 40'000U);
   become({});
-  while (grow_pool(*backend, 40'000) < 40'000U) {
+  for (int i = 0; i < 400 && grow_pool(*backend, 40'000) < 40'000U; ++i) {
     std::this_thread::sleep_for(std::chrono::milliseconds(50));
   }
+  ASSERT_EQ(grow_pool(*backend, 40'000), 40'000U);
   EXPECT_EQ(backend->pool_refusal(), "");
   using On = testing::OnCuda;
   fill<On>(*backend, 0, 7);
