@@ -33,6 +33,7 @@ namespace pie::cuda {
 namespace {
 
 constexpr Bytes copy_bytes_best = Bytes{2} << 20;  // PCIe and NVLink reach their rate by then
+constexpr Bytes proof_bytes = Bytes{32} << 20;     // take far longer than asking for them
 constexpr double coherent_bytes_per_s = 450e9;     // each way: NVLink-C2C, by NVIDIA's figures
 constexpr std::size_t fences_kept = 256;           // until somebody looks which have passed
 constexpr Nanos anchor_ns_max = 4'000'000'000;  // floats of milliseconds are exact to 0.5 us there
@@ -165,6 +166,9 @@ Cuda::Cuda(const CudaOptions& options, Bytes stride)
     for (CUstream& stream : lane_streams_) {
       driver_.require(driver_.stream_create(&stream, CU_STREAM_NON_BLOCKING), "making a stream");
     }
+    driver_.require(events_.take(anchor_), "making an event");
+    pool_.prove(lane_streams_.front(), anchor_, number_of(arena_->memory->start()),
+                std::min(proof_bytes, Bytes{device_opened_} * stride_));
     anchor();
   } catch (...) {
     close();
@@ -262,9 +266,7 @@ Nanos Cuda::now() const {
 
 // A moment that both clocks know.
 void Cuda::anchor() {
-  CUstream stream = lane_streams_.front();
-  driver_.require(events_.take(anchor_), "making an event");
-  driver_.require(driver_.event_record(anchor_, stream), "recording an event");
+  driver_.require(driver_.event_record(anchor_, lane_streams_.front()), "recording an event");
   driver_.require(driver_.event_synchronize(anchor_), "waiting for an event");
   anchor_ns_ = now();
 }

@@ -83,8 +83,13 @@ CpuMemory::CpuMemory(const Device& device, Bytes stride, std::uint32_t frames_ma
   start_ = static_cast<std::byte*>(start);
   ::madvise(start_, reserved_, MADV_HUGEPAGE);
   ::madvise(start_, reserved_, MADV_DONTFORK);  // a child's writes would move the pages away
-  if (kind_ == CpuMemoryKind::pinned) try_pinning();
   if (kind_ == CpuMemoryKind::coherent) bind();
+  if (kind_ != CpuMemoryKind::pinned) return;
+  const std::string refusal = pinning_refusal();
+  pins_ = refusal.empty();
+  if (pins_) return;
+  kind_ = CpuMemoryKind::pageable;
+  reason_ = refusal;
 }
 
 CpuMemory::~CpuMemory() {
@@ -104,7 +109,7 @@ const char* CpuMemory::name() const {
     case CpuMemoryKind::pinned:
       return "pinned";
     case CpuMemoryKind::coherent:
-      return "coherent";
+      return pins_ ? "pinned" : "coherent";
     case CpuMemoryKind::pageable:
       break;
   }
@@ -159,19 +164,50 @@ void CpuMemory::bind() {
   }
 }
 
-// A page is enough to know whether the system lets this process pin memory at all.
-void CpuMemory::try_pinning() {
+// Why the system lets this process pin no memory, which a page is enough to know; empty where it
+// does.
+std::string CpuMemory::pinning_refusal() const {
   const Driver& driver = device_.driver();
   const Current current(driver, device_.context());
   const Relaxed relaxed(driver);
   populate(start_, page_bytes());
   const CUresult result = driver.host_register(start_, page_bytes(), CU_MEMHOSTREGISTER_PORTABLE);
-  if (result == CUDA_SUCCESS) {
-    driver.host_unregister(start_);
-  } else {
-    kind_ = CpuMemoryKind::pageable;
-    reason_ = "the driver does not pin this process's memory: " + driver.text(result);
+  if (result == CUDA_SUCCESS) driver.host_unregister(start_);
+  if (result == CUDA_SUCCESS) return {};
+  return "the driver does not pin this process's memory: " + driver.text(result);
+}
+
+void CpuMemory::prove(CUstream stream, CUevent event, CUdeviceptr device, Bytes bytes) {
+  bytes = std::min(bytes, reserved_);
+  if (kind_ != CpuMemoryKind::coherent || bytes == 0) return;
+  populate(start_, bytes);
+  const Driver& driver = device_.driver();
+  const auto host = reinterpret_cast<CUdeviceptr>(start_);
+  const bool beside = runs_beside(stream, event, host, device, bytes) &&
+                      runs_beside(stream, event, device, host, bytes);
+  driver.require(driver.stream_synchronize(stream), "copying");
+  ::madvise(start_, bytes, MADV_DONTNEED);
+  if (beside) return;
+  const std::string refusal = pinning_refusal();
+  pins_ = refusal.empty();
+  if (!reason_.empty()) reason_ += "; ";
+  reason_ += "copies of memory that is not pinned hold up who asks for them";
+  if (!pins_) reason_ += ", and " + refusal;
+}
+
+// Whether the second of two copies is asked for while the first is still under way. Once is enough:
+// a copy that holds up its caller ends after the one before it.
+bool CpuMemory::runs_beside(CUstream stream, CUevent event, CUdeviceptr to, CUdeviceptr from,
+                            Bytes bytes) const {
+  constexpr int tries = 4;
+  const Driver& driver = device_.driver();
+  for (int i = 0; i < tries; ++i) {
+    driver.require(driver.copy(to, from, bytes, stream), "copying");
+    driver.require(driver.event_record(event, stream), "recording an event");
+    driver.require(driver.copy(to, from, bytes, stream), "copying");
+    if (driver.event_query(event) == CUDA_ERROR_NOT_READY) return true;
   }
+  return false;
 }
 
 Bytes CpuMemory::chunk_bytes(std::uint32_t chunk) const {
@@ -268,7 +304,7 @@ std::string CpuMemory::make_ready(std::uint32_t chunk) const {
   if (!refusal.empty()) return refusal;
   if (!populate(start, bytes)) {
     refusal = std::string("the system gives no more CPU memory: ") + std::strerror(errno);
-  } else if (kind_ == CpuMemoryKind::pinned) {
+  } else if (pins_) {
     const Driver& driver = device_.driver();
     const CUresult result = driver.host_register(start, bytes, CU_MEMHOSTREGISTER_PORTABLE);
     if (result != CUDA_SUCCESS) refusal = "pinning more CPU memory failed: " + driver.text(result);
@@ -284,7 +320,7 @@ void CpuMemory::give_back(std::uint32_t keep) {
   const Relaxed relaxed(driver);
   for (; ready_ > keep; --ready_) {
     std::byte* start = chunk_start(ready_ - 1);
-    if (kind_ == CpuMemoryKind::pinned) driver.host_unregister(start);
+    if (pins_) driver.host_unregister(start);
     ::madvise(start, chunk_bytes(ready_ - 1), MADV_DONTNEED);
   }
 }

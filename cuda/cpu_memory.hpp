@@ -3,9 +3,9 @@
 // It is made ready, chunk by chunk, by a thread of its own: that takes a tenth of a second a
 // gigabyte, and what is ready already is usable meanwhile. It is taken from the system, and by
 // default pinned: a chunk is one registration, and no copy may span two, so copies are split where
-// chunks end. Where the GPU shares the CPU's page tables (GH200, GB200) nothing is pinned, and
-// memory is bound to the GPU's own CPU. Where the system pins nothing the memory is used as it is:
-// copies then hold up whoever submits them.
+// chunks end. Where the GPU shares the CPU's page tables (GH200, GB200) memory is bound to the
+// GPU's own CPU, and not pinned unless it turns out that copies of it then hold up whoever submits
+// them, as they do elsewhere. Where the system pins nothing the memory is used as it is.
 #pragma once
 
 #include <algorithm>
@@ -34,7 +34,7 @@ class CpuMemory {
   CpuMemory& operator=(const CpuMemory&) = delete;
   ~CpuMemory();
 
-  // "pinned", "coherent" or "pageable", and why it is not better; empty where it is as it should.
+  // "pinned", "coherent" or "pageable", and why it is not another; empty where it is as it should.
   [[nodiscard]] const char* name() const;
   [[nodiscard]] const std::string& reason() const { return reason_; }
 
@@ -43,6 +43,10 @@ class CpuMemory {
   // Where frame 0 lies, and whether kernels may read what is usable of it there.
   [[nodiscard]] const std::byte* start() const { return start_; }
   [[nodiscard]] bool is_readable() const;
+
+  // Copies `bytes` of the device, which stay what they are, to coherent memory and back, and pins
+  // the pool after all where that holds up the caller. Before the first `resize`.
+  void prove(CUstream stream, CUevent event, CUdeviceptr device, Bytes bytes);
 
   // See Backend::resize_pool; nothing may be copied to or from frames that go, or read in them.
   PoolSize resize(std::uint32_t frames);
@@ -71,7 +75,9 @@ class CpuMemory {
   [[nodiscard]] std::uint32_t ready_frames() const;
   [[nodiscard]] bool wants_more() const { return ready_ < wanted_ && refusal_.empty(); }
   void choose(const std::string& kind);
-  void try_pinning();
+  [[nodiscard]] bool runs_beside(CUstream stream, CUevent event, CUdeviceptr to, CUdeviceptr from,
+                                 Bytes bytes) const;
+  [[nodiscard]] std::string pinning_refusal() const;
   void bind();
   void make_ready();
   [[nodiscard]] std::string make_ready(std::uint32_t chunk) const;
@@ -84,6 +90,7 @@ class CpuMemory {
   Bytes reserved_ = 0;
   std::byte* start_ = nullptr;
   CpuMemoryKind kind_ = CpuMemoryKind::pinned;
+  bool pins_ = false;  // chunks, one by one
   std::string reason_;
   std::uint32_t usable_ = 0;  // frames; the owner's thread alone
   std::uint32_t asked_ = 0;   // frames, of the last `resize`

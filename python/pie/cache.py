@@ -531,7 +531,7 @@ class TieredKVCache:
             )
         elif pool_io == "coherent" and stats["pool_io_reason"]:
             warnings.warn(
-                f"The pool's CPU memory may be far from the GPU: {stats['pool_io_reason']}.",
+                f"The pool's CPU memory may be slower than it could be: {stats['pool_io_reason']}.",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -298,9 +298,11 @@ TEST_F(Cuda, GoesOnWithMemoryThatIsNotPinned) {
 
 TEST_F(Cuda, PinsNothingWhereTheGpuSharesThePageTables) {
   become(fake::gh200());
+  fake::set_order(fake::Order::latest, 3);
   const fake::Holdings before = fake::holdings();
   const auto backend = open_cuda(options_for(64, 40'000));
   EXPECT_EQ(backend->capabilities().pool_io, "coherent");
+  EXPECT_EQ(backend->capabilities().pool_io_reason, "");
   ASSERT_EQ(grow_pool(*backend, 40'000), 40'000U);
   EXPECT_EQ(fake::holdings().pinned_bytes, before.pinned_bytes);
   using On = testing::OnCuda;
@@ -309,6 +311,34 @@ TEST_F(Cuda, PinsNothingWhereTheGpuSharesThePageTables) {
   ASSERT_EQ(grow_pool(*backend, 200), 200U);
   ASSERT_TRUE(is_ok(finish(*backend, to_device, {{32, 100, 32}})));
   for (FrameIndex i = 0; i < 32; ++i) EXPECT_TRUE(holds<On>(*backend, 32 + i, i));
+}
+
+// What the device holds stays as it is: it may be the caller's.
+TEST_F(Cuda, PinsCoherentMemoryWhereItsCopiesHoldUpTheCaller) {
+  fake::Profile machine = fake::gh200();
+  machine.coherent_waits = true;
+  for (const bool pins : {true, false}) {
+    machine.pins = pins;
+    become(machine);
+    fake::set_order(fake::Order::latest, 3);
+    using On = testing::OnCuda;
+    const auto owner = open_cuda(options_for(64, 0));
+    for (FrameIndex i = 0; i < 64; ++i) fill<On>(*owner, i, i);
+    const std::size_t before = fake::holdings().pinned_bytes;  // the caller's own
+    CudaOptions options = options_for(64, 40'000);
+    options.device_memory = owner->address(0);
+    auto backend = open_cuda(options);
+    EXPECT_EQ(backend->capabilities().pool_io, pins ? "pinned" : "coherent");
+    expect_says(backend->capabilities().pool_io_reason, "hold up who asks for them");
+    if (!pins) expect_says(backend->capabilities().pool_io_reason, "does not pin");
+    EXPECT_GT(backend->capabilities().in_place_share, 0);
+    ASSERT_EQ(grow_pool(*backend, 40'000), 40'000U);
+    EXPECT_EQ(fake::holdings().pinned_bytes - before, pins ? 40'000 * stride : 0);
+    backend.reset();
+    EXPECT_EQ(fake::holdings().pinned_bytes, before);
+    for (FrameIndex i = 0; i < 64; ++i) EXPECT_TRUE(holds<On>(*owner, i, i));
+    for (const std::string& words : fake::take_violations()) ADD_FAILURE() << words;
+  }
 }
 
 TEST_F(Cuda, TakesCpuMemoryAsItIsTold) {

@@ -363,7 +363,7 @@ void Machine::copy(Stream& on, std::span<const CUdeviceptr> to, std::span<const 
   }
   enqueue(on, std::move(operation), ranges);
   // As the driver does, through a buffer of its own; not where the GPU finds the pages itself.
-  if (pageable && !profile.coherent) force(on.last);
+  if (pageable && (!profile.coherent || profile.coherent_waits)) force(on.last);
 }
 
 void Machine::record(Event& event, Stream& on) {

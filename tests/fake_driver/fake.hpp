@@ -31,7 +31,8 @@ struct Profile {
   std::size_t pinnable_bytes = std::size_t{1} << 40;
   bool pins = true;  // whether registering memory is allowed at all
   bool integrated = false;
-  bool coherent = false;  // shares the CPU's page tables
+  bool coherent = false;        // shares the CPU's page tables
+  bool coherent_waits = false;  // and yet copies of memory that is not pinned hold up the caller
   int memory_clock_khz = 1'593'000;
   int memory_bus_bits = 5120;
 };

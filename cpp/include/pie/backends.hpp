@@ -57,8 +57,9 @@ struct CudaOptions {
   Bytes device_bytes = 0;  // of the GPU's memory; it holds device_bytes / stride frames
   Bytes pool_bytes = 0;    // the most CPU memory the pool may ever take; 0: no pool
   // How CPU memory is made ready for copies: "pinned"; "coherent" where the GPU shares the CPU's
-  // page tables (GH200, GB200), so that nothing is pinned; "pageable", as it is, whose copies hold
-  // up whoever submits them; "auto" takes the best that the device has.
+  // page tables (GH200, GB200), so that nothing is pinned, unless copies of such memory are seen to
+  // hold up whoever submits them; "pageable", as it is, whose copies do; "auto" takes the best that
+  // the device has.
   std::string pool_io = "auto";
   std::string driver = "libcuda.so.1";  // the driver's library, or a double of it
   // Capabilities::in_place_share, from 0 to 1. Negative: by what the device is. Attention is held
