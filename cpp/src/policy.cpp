@@ -120,14 +120,15 @@ std::uint64_t widest_share(const Totals& totals, std::uint64_t frames) {
 
 // The ring that streams `frames` evenly over the layers: one layer in use while the next arrives,
 // copies of the best size where that is more, and never above half of what is not pinned nor what
-// the pool has left, but `least` in any case. On a stream half a layer more, for segments that are
-// not full: without it the last of a layer comes late, since nobody computes what is there already.
-// It moves in steps of an eighth or less, and one in force that serves stays, up to four times what
-// is wanted, since what has been asked for ahead is lost when it moves.
+// the pool has left, but `least` in any case. On a stream a layer more: what a layer leaves is
+// fetched by one ticket, which may hold the end of a layer with the start of the next, and without
+// it that end would come late. It moves in steps of an eighth or less, and one in force that serves
+// stays, up to four times what is wanted, since what has been asked for ahead is lost when it
+// moves.
 std::uint64_t ring_for(const Snapshot& snapshot, const Totals& totals, std::uint64_t frames,
                        std::uint64_t free, std::uint64_t left, std::uint64_t least) {
   const std::uint64_t share = widest_share(totals, frames);
-  const std::uint64_t layers = 2 * share + (snapshot.streams ? share / 2 : 0);
+  const std::uint64_t layers = (snapshot.streams ? 3 : 2) * share;
   const std::uint64_t two_copies =
       std::min<std::uint64_t>(2ULL * snapshot.copy_frames_best, free / 8);
   const std::uint64_t most = std::max<std::uint64_t>(1, std::min(free / 2, left));

@@ -3,10 +3,10 @@
 // A streamed block stays in the pool. Each time it is to be read, a load copies it, with blocks
 // next to it, into adjacent frames of the ring. Loads are asked for in the order of reading and
 // fill one segment of the ring after another. Where the caller computes, a ticket of many copies
-// fills a segment; on a stream, where each costs the caller calls and a layer is read at once, all
-// of a layer that there is room for. A segment is filled anew once all its loads were read, or
-// dropped, after the fence behind its readers and after the copies into it that are still under
-// way: so nobody waits before the segment is read.
+// fills a segment; on a stream, where each costs the caller calls, all that a layer left when it
+// was read. A segment is filled anew once all its loads were read, or dropped, after the fence
+// behind its readers and after the copies into it that are still under way: so nobody waits before
+// the segment is read.
 //
 // The ring lies at the end of the arena and its segments are counted from there, so that it grows
 // and shrinks, by segments, without moving what is in it.
@@ -68,6 +68,8 @@ class Ring {
 
   // The load that holds a block and was not taken; null: there is none.
   [[nodiscard]] const Load* find(const BlockKey& key) const;
+  // The first that was not taken; null: none.
+  [[nodiscard]] const Load* first() const { return empty() ? nullptr : &queue_[next_load_]; }
   [[nodiscard]] bool empty() const { return next_load_ == queue_.size(); }
 
   // Of `count` blocks from one on, how many come before the first that a load holds.

@@ -947,13 +947,18 @@ void Scheduler::reconcile() {
   }
 }
 
-// Asks for blocks in the order in which they will be read, as far as the ring has room.
+// Asks for blocks in the order in which they will be read, as far as the ring has room. On a stream
+// the rest of a layer goes with what there is room for of the next, since each ticket costs the
+// caller calls; but not where that layer is the next to be read.
 void Scheduler::pump() {
   if (ring_.empty()) ahead_ = false;
+  const Load* first = ring_.first();
+  bool rest = first != nullptr && first->layer != cursor_.layer % geometry_.layers &&
+              (cursor_.leg > 0 || cursor_.block > 0);
   std::uint32_t layer = cursor_.layer;
   while (seek_pooled()) {
     const bool next = cursor_.layer != layer;
-    if (next && capabilities_.streams) ring_.submit();
+    if (next && capabilities_.streams && !std::exchange(rest, false)) ring_.submit();
     if (next && shape_.whole_layers) ring_.close();
     layer = cursor_.layer;
     const Load* load = ahead_ ? ring_.find(key_at_cursor()) : nullptr;

@@ -386,9 +386,9 @@ TEST(CudaSteps, CostFewCalls) {
   double all = 0;
   for (const auto& [name, count] : made) all += a_layer(name.c_str());
   std::cout << all << " calls of all kinds a layer\n";
-  EXPECT_LE(all, 36);
-  EXPECT_LE(copies, 2.05);
-  EXPECT_LE(a_layer("cuEventRecord"), 4.5);
+  EXPECT_LE(all, 22);
+  EXPECT_LE(copies, 1.05);
+  EXPECT_LE(a_layer("cuEventRecord"), 2.7);
   EXPECT_EQ(fake::take_violations(), std::vector<std::string>());
 }
 

@@ -140,7 +140,7 @@ struct State {
 [[nodiscard]] Budget decide(const Demand& demand, const State& state, const Objective& objective);
 
 // Frames that a step can read when it streams so many of them: the device is full, what is streamed
-// passes through the ring, two and a half layers of it or two copies, and as in a plan some make
+// passes through the ring, three layers of it or two copies, and as in a plan some make
 // room for what fills.
 [[nodiscard]] double room(const Demand& demand, std::uint64_t streamed_frames);
 
