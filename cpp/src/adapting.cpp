@@ -247,7 +247,7 @@ double room(const Demand& demand, std::uint64_t streamed_frames) {
   const auto device = as_double(demand.device_frames);
   const auto streamed = as_double(streamed_frames);
   const double two_copies = std::min(2.0 * demand.copy_frames, device / 8);
-  const double ring = std::max(3 * streamed / demand.layers, two_copies);
+  const double ring = std::max((demand.streams ? 3 : 2.5) * streamed / demand.layers, two_copies);
   const double ahead = 2 * std::min(4.0 * demand.growth_frames, streamed / 16);
   return device + std::max(0.0, streamed - ahead - ring);
 }

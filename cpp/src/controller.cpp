@@ -32,6 +32,7 @@ Demand demand_of(const Snapshot& snapshot, std::uint32_t block_tokens) {
   demand.pool_frames = snapshot.pool_frames - std::min<std::uint64_t>(snapshot.pool_frames, idle);
   demand.layers = snapshot.layers;
   demand.copy_frames = snapshot.copy_frames_best;
+  demand.streams = snapshot.streams;
   return demand;
 }
 

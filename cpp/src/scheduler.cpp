@@ -345,9 +345,10 @@ void Scheduler::divide(std::uint32_t staging_frames, std::uint32_t ring_frames) 
   const std::uint32_t begin = device.capacity() - ring_frames;
   const std::uint32_t limit = begin - staging_frames;
   // Several segments, so that some are filled while one is read, and copies of the best size. Those
-  // in use stay as large as they are while that serves, since what is in them is lost otherwise.
-  const std::uint32_t best =
-      std::clamp(copy_frames_, (ring_frames + 7) / 8, std::max(1U, ring_frames / 3));
+  // in use stay as large as they are while that serves, since what is in them is lost otherwise. On
+  // a stream three fill the ring: one of a frame or two more would cost as much as any.
+  const std::uint32_t third = (ring_frames + (capabilities_.streams ? 2 : 0)) / 3;
+  const std::uint32_t best = std::clamp(copy_frames_, (ring_frames + 7) / 8, std::max(1U, third));
   const std::uint32_t now = ring_.segment_frames();
   const bool serves = now <= ring_frames / 5 && now >= (ring_frames + 23) / 24 &&
                       now >= std::min(copy_frames_, best);

@@ -302,9 +302,19 @@ class LaunchesNothing(gpu_double.Double):
         self.launches += 1
 
 
-@pytest.mark.parametrize(("policy", "copies", "records"), [("off", 0, 0), ("fixed:0.5", 2.05, 4)])
+# Launches: the append, the attention, and what a step is told by; edits of the tables where blocks
+# come and go.
+@pytest.mark.parametrize(
+    ("policy", "copies", "records", "launches_most"),
+    [("off", 0, 0, 2.5), ("fixed:0.5", 1.1, 3, 3.5)],
+)
 def test_calls_of_the_driver_a_layer(
-    double: Any, monkeypatch: pytest.MonkeyPatch, policy: str, copies: float, records: float
+    double: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    policy: str,
+    copies: float,
+    records: float,
+    launches_most: float,
 ) -> None:
     monkeypatch.setattr(runtime, "make", LaunchesNothing)
     layers, sequences, tokens, steps = 8, 64, 250, 10  # in one of them all fill a block
@@ -338,11 +348,11 @@ def test_calls_of_the_driver_a_layer(
     assert made.get("cuMemcpyBatchAsync", 0) <= copies, made
     assert made.get("cuEventRecord", 0) <= records, made
     assert not [name for name in made if name.endswith("Synchronize")]
+    assert launched <= launches_most
     if policy == "off":
         # Whether the stream can be used, once a step. (Of contexts the double asks, too.)
         made = {name: count for name, count in made.items() if not name.startswith("cuCtx")}
         assert made == {"cuStreamGetCtx": 1 / layers, "cuStreamIsCapturing": 1 / layers}
-        assert launched < 2.5  # the append, the attention, and what a step is told by
 
 
 def calls(double: Any) -> dict[str, int]:

@@ -117,6 +117,7 @@ struct Demand {
   std::uint32_t copy_frames = 1;    // of the best size
   std::uint32_t growth_frames = 0;  // that a step fills
   bool asked = false;               // somebody admits by the budget
+  bool streams = false;             // compute runs on a stream
 };
 
 struct State {
@@ -140,8 +141,8 @@ struct State {
 [[nodiscard]] Budget decide(const Demand& demand, const State& state, const Objective& objective);
 
 // Frames that a step can read when it streams so many of them: the device is full, what is streamed
-// passes through the ring, three layers of it or two copies, and as in a plan some make
-// room for what fills.
+// passes through the ring, two and a half layers of it (on a stream three) or two copies, and as in
+// a plan some make room for what fills.
 [[nodiscard]] double room(const Demand& demand, std::uint64_t streamed_frames);
 
 // Of a step that reads `kv_frames` and streams `loaded_frames` of them: nanoseconds, and how much
