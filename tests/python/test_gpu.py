@@ -348,7 +348,7 @@ def test_calls_of_the_driver_a_layer(
     assert made.get("cuMemcpyBatchAsync", 0) <= copies, made
     assert made.get("cuEventRecord", 0) <= records, made
     assert not [name for name in made if name.endswith("Synchronize")]
-    assert launched <= launches_most
+    assert launched < launches_most
     if policy == "off":
         # Whether the stream can be used, once a step. (Of contexts the double asks, too.)
         made = {name: count for name, count in made.items() if not name.startswith("cuCtx")}
