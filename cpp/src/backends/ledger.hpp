@@ -118,6 +118,7 @@ class Ledger {
     if (lane.failed.size() > failures_kept) lane.failed.erase(lane.failed.begin());
     completions_.push_back(completion);
     lane.live.erase(found);
+    ++passed_;
   }
 
   // A fence that has not passed, and its passing at a time that comes out of `poll` if wanted.
@@ -135,7 +136,11 @@ class Ledger {
       completions_.push_back(completion);
     }
     ahead_.erase(found);
+    ++passed_;
   }
+
+  // How many fences have passed and batches ended: as long as it is the same, what waits waits.
+  [[nodiscard]] std::uint64_t passed() const { return passed_; }
 
   std::size_t poll(std::span<Completion> out) {
     const std::size_t count = std::min(out.size(), completions_.size());
@@ -180,6 +185,7 @@ class Ledger {
   std::array<LaneState, lane_count> lanes_;
   std::map<std::uint64_t, Timing> ahead_;  // fences that have not passed
   std::uint64_t fences_issued_ = 0;
+  std::uint64_t passed_ = 0;
   std::deque<Completion> completions_;  // not yet polled
 };
 

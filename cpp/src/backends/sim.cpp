@@ -147,7 +147,9 @@ class Sim final : public SimBackend {
   std::string refusal_;
   Tickets tickets_;
   std::array<LaneState, lane_count> lanes_;
-  std::vector<Ticket> held_;  // in order of submission
+  std::vector<Tickets::Entry*> held_;  // in order of submission
+  std::size_t looked_ = 0;             // of those, how many were looked at
+  std::uint64_t looked_at_ = 0;        // and how much had passed by then
   std::map<std::uintptr_t, StreamState> streams_;
   std::priority_queue<Event, std::vector<Event>, std::greater<>> events_;
   std::uint64_t events_set_ = 0;
@@ -267,9 +269,10 @@ PoolSize Sim::resize_pool(std::uint32_t frames) {
 Ticket Sim::submit(std::span<const Copy> copies, std::span<const Dep> after) {
   require_in_range(copies, device_usable_, pool_usable_);
   const Ticket ticket = tickets_.open(copies, after);
-  draw_fate(tickets_.at(ticket));
+  Tickets::Entry& entry = tickets_.at(ticket);
+  draw_fate(entry);
   ++state(ticket.lane).counts.tickets;
-  held_.push_back(ticket);
+  held_.push_back(&entry);
   settle();
   return ticket;
 }
@@ -449,12 +452,14 @@ void Sim::schedule(Event event) {
   events_.push(event);
 }
 
-// Has everything go on that can at this moment.
+// Has everything go on that can at this moment. Of held tickets only new ones are looked at where
+// nothing has passed since.
 void Sim::settle() {
   for (bool any = true; std::exchange(any, false);) {
     for (auto& [handle, stream] : streams_) any = run(handle, stream) || any;
-    for (std::size_t i = 0; i < held_.size();) {
-      Tickets::Entry& entry = tickets_.at(held_[i]);
+    std::size_t i = std::exchange(looked_at_, tickets_.passed()) == tickets_.passed() ? looked_ : 0;
+    while (i < held_.size()) {
+      Tickets::Entry& entry = *held_[i];
       if (tickets_.is_held(entry)) {
         ++i;
         continue;
@@ -463,6 +468,7 @@ void Sim::settle() {
       begin(entry);
       any = true;
     }
+    looked_ = held_.size();
   }
 }
 
