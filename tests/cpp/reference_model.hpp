@@ -14,6 +14,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -60,8 +61,13 @@ struct Mismatch : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-inline void expect(bool holds, const std::string& what) {
-  if (!holds) throw Mismatch(what);
+// The parts of what is said are put together only where it is.
+template <typename... Parts>
+void expect(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream what;
+  (what << ... << parts);
+  throw Mismatch(what.str());
 }
 
 // The value of a K (or V) element. `salt` makes appends after a truncation differ.
@@ -249,7 +255,7 @@ class StampKernel final : public LayerKernel {
       want[i] = stamp(entry.at(token + i), layer_, token + i);
     }
     if (machine_ == nullptr) {
-      expect(same(frame, want, count), told(entry.id, layer_, token));
+      if (!same(frame, want, count)) throw Mismatch(told(entry.id, layer_, token));
       return;
     }
     const auto body = [=, id = entry.id, layer = layer_, aborted = aborted_,
@@ -361,7 +367,7 @@ class Model {
     } catch (const CapacityError& error) {
       const Stats after = cache_->stats();
       expect(after.device_bytes == before.device_bytes && after.pool_bytes == before.pool_bytes,
-             std::string("a refused resize changed a budget: ") + error.what());
+             "a refused resize changed a budget: ", error.what());
       throw;
     }
     const Stats after = cache_->stats();
@@ -454,8 +460,8 @@ class Model {
     if (proxy_ != nullptr) proxy_->rest();
     cache_->check();
     for (const auto& [id, salts] : salts_) {
-      expect(cache_->length(id) == salts.size(),
-             "sequence " + std::to_string(id) + " has another length than it should");
+      expect(cache_->length(id) == salts.size(), "sequence ", id,
+             " has another length than it should");
     }
     // On a stream, what follows a copy that failed may have been computed before anybody knew.
     expect(kernel_.failure().empty() || (streams_ && failed_copies() > 0), kernel_.failure());
@@ -532,9 +538,8 @@ class Model {
     for (std::uint32_t d = 0; d < head_dim; ++d) {
       const float want_k = real ? value(entry.at(t), layer, t, head, d, false) : 0.0F;
       const float want_v = real ? value(entry.at(t), layer, t, head, d, true) : 0.0F;
-      expect(k[d] == want_k && v[d] == want_v,
-             "layer " + std::to_string(layer) + ", token " + std::to_string(t) + " of sequence " +
-                 std::to_string(entry.id) + ": K or V are not what was appended");
+      expect(k[d] == want_k && v[d] == want_v, "layer ", layer, ", token ", t, " of sequence ",
+             entry.id, ": K or V are not what was appended");
     }
   }
 
@@ -604,8 +609,8 @@ class Model {
         }
       }
       for (std::uint32_t d = 0; d < head_dim; ++d) {
-        expect(std::abs(out[head * head_dim + d] - want[d] / sum) <= 2e-5,
-               "layer " + std::to_string(layer) + ": attention is not that of the reference");
+        expect(std::abs(out[head * head_dim + d] - want[d] / sum) <= 2e-5, "layer ", layer,
+               ": attention is not that of the reference");
       }
     }
   }

@@ -128,17 +128,14 @@ class Run {
       ++tally_.capacity_errors;
       full_ = true;
       // Only what was asked for may be refused; what runs goes on unless the machine refuses room.
-      expect(asking_ || kind_.faults || broken_once_ || lost_,
-             std::string("in mid-step: ") + error.what());
-      expect(!fits_ || kind_.faults || lost_,
-             std::string("there is room for all of it: ") + error.what());
+      expect(asking_ || kind_.faults || broken_once_ || lost_, "in mid-step: ", error.what());
+      expect(!fits_ || kind_.faults || lost_, "there is room for all of it: ", error.what());
     } catch (const IoError& error) {
       ++tally_.io_errors;
       if (kind_.streams && model_->failed_copies() > 0 && !std::exchange(lost_, true)) {
         ++tally_.losses;
       }
-      expect(kind_.faults || broken_ || broken_once_ || lost_,
-             std::string("no fault: ") + error.what());
+      expect(kind_.faults || broken_ || broken_once_ || lost_, "no fault: ", error.what());
       expect(model_->salts().contains(error.sequence()) || (lost_ && error.sequence() == 0),
              "an error of no sequence");
     } catch (const LogicError& error) {
