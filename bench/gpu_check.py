@@ -70,7 +70,7 @@ def machine() -> Report:
 # ---- is it right
 
 
-REAL = "CudaEarliest/*:CudaPageable/*:CudaAnywhere.*"  # what needs no double
+REAL = "Cuda/*Earliest:Cuda/*Pageable:CudaAnywhere.*"  # what needs no double
 
 
 def conformance(under: Sequence[str] = (), tests: str = REAL) -> Report:
@@ -94,7 +94,8 @@ def sanitizer() -> Report:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"said": "compute-sanitizer is not there"}
-    return conformance([tool, "--error-exitcode=9"], "CudaEarliest/*ComeBack*:CudaEarliest/*Wait*")
+    few = "Cuda/*ComeBack*/Earliest:Cuda/*Wait*/Earliest"
+    return conformance([tool, "--error-exitcode=9"], few)
 
 
 # dtype, kv_heads, heads, head_dim, window

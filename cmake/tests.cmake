@@ -6,14 +6,28 @@ if(NOT GTest_FOUND)
 endif()
 include(GoogleTest)
 
+# Code of tests is compiled fast, since that is most of what a fresh clone waits for: hardly
+# optimised, and without the checks that say of a bad pointer what the address sanitizer says too.
+function(pie_test_code target)
+  target_compile_options(${target} PRIVATE $<$<CONFIG:Release>:-O1>
+    $<$<CONFIG:RelWithDebInfo>:-fno-sanitize=null,alignment,object-size,vptr>)
+  pie_warnings(${target})
+endfunction()
+
 function(pie_test name)
   add_executable(test_${name} tests/cpp/test_${name}.cpp)
   target_include_directories(test_${name} PRIVATE cpp/src tests/cpp)
   target_link_libraries(test_${name} PRIVATE pie::pie GTest::gtest_main Threads::Threads)
-  pie_warnings(test_${name})
+  pie_test_code(test_${name})
   # The time-out is a guard against a hang, far above what a case takes under a sanitizer.
   gtest_discover_tests(test_${name} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600)
 endfunction()
+
+# What every backend must do, run by the tests of each.
+add_library(conformance OBJECT tests/cpp/conformance.cpp)
+target_include_directories(conformance PRIVATE cpp/src tests/cpp)
+target_link_libraries(conformance PUBLIC pie::pie GTest::gtest)
+pie_test_code(conformance)
 
 pie_test(adaptive)
 pie_test(allocation)
@@ -30,13 +44,16 @@ pie_test(sim)
 pie_test(swarm)
 pie_test(trace)
 pie_test(trajectory)
+foreach(backend host sim)
+  target_link_libraries(test_${backend} PRIVATE conformance)
+endforeach()
 
 # The CUDA backend, over a double of the driver.
 if(TARGET pie_cuda)
   add_library(fake_driver SHARED tests/fake_driver/fake.cpp)
   target_include_directories(fake_driver PUBLIC tests/fake_driver)
   target_include_directories(fake_driver SYSTEM PUBLIC ${PIE_CUDA_INCLUDE_DIR})
-  pie_warnings(fake_driver)
+  pie_test_code(fake_driver)
   function(pie_cuda_test name)
     pie_test(${name})
     target_sources(test_${name} PRIVATE cuda/driver.cpp)
@@ -48,6 +65,7 @@ if(TARGET pie_cuda)
   endfunction()
   pie_cuda_test(cuda)
   pie_cuda_test(cuda_swarm)
+  target_link_libraries(test_cuda PRIVATE conformance)
 endif()
 
 # A function compiled for AVX-512 but shared with the rest of the library (a weak symbol) would end

@@ -23,6 +23,7 @@ namespace pie::testing {
 
 using conformance::Contents;
 using conformance::Read;
+using conformance::Subject;
 
 [[nodiscard]] inline std::string driver_name() {
   const char* named = std::getenv("PIE_TEST_DRIVER");
@@ -140,24 +141,18 @@ struct OnCuda {
   }
 
   // What it found is where the copy put it, once the stream has been synchronized.
-  class Found {
-   public:
-    Found(const std::byte* at, Bytes bytes) : at_(at), bytes_(bytes) {}
-    [[nodiscard]] Contents operator*() const { return {at_, at_ + bytes_}; }
-
-   private:
-    const std::byte* at_;
-    Bytes bytes_;
-  };
-  static Found read(Backend& backend, ComputeStream stream, FrameIndex frame) {
+  static Read read(Backend& backend, ComputeStream stream, FrameIndex frame) {
     const Bytes bytes = backend.capabilities().frame_stride;
     std::byte* held = Caller::get().take(bytes);
     if (!is_double()) Caller::get().dawdle(handle_of(stream));
     Caller::get().copy(held, backend.address(frame), bytes, handle_of(stream));
-    return {held, bytes};
+    return [held, bytes] { return Contents(held, held + bytes); };
   }
   static void synchronize(Backend& /*backend*/, ComputeStream stream) {
     Caller::get().synchronize(handle_of(stream));
+  }
+  static Subject subject(std::string name = "", Subject::Open open = {}) {
+    return {std::move(name), std::move(open), stream, write, read, synchronize};
   }
 };
 

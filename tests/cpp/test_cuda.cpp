@@ -37,40 +37,37 @@ CudaOptions options_for(std::uint32_t device_frames, std::uint32_t pool_frames) 
 
 // ---- conformance --------------------------------------------------------------------------------
 
-enum class CpuMemory : std::uint8_t { pinned, pageable, coherent };
+// Over the double in each order; a GPU has one of its own.
+Subject cuda(std::string name, fake::Order order, const std::string& pool_io = "auto") {
+  const bool coherent = pool_io == "coherent";
+  return testing::OnCuda::subject(
+      std::move(name), [=](std::uint32_t device_frames, std::uint32_t pool_frames) {
+        if (!is_double() && (order != fake::Order::earliest || coherent)) {
+          throw ConfigError("a GPU has an order of its own");
+        }
+        fake::set_profile(coherent ? fake::gh200() : fake::Profile{});
+        fake::set_order(order, 7);
+        CudaOptions options = options_for(device_frames, pool_frames);
+        options.pool_io = pool_io;
+        try {
+          return open_cuda(options);
+        } catch (const ConfigError& error) {
+          throw std::runtime_error(error.what());  // no reason to skip a test
+        }
+      });
+}
 
-template <fake::Order order, CpuMemory memory = CpuMemory::pinned>
-struct InOrder : testing::OnCuda {
-  static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
-    constexpr bool coherent = memory == CpuMemory::coherent;
-    if (!is_double() && (order != fake::Order::earliest || coherent)) {
-      throw ConfigError("a GPU has an order of its own");
-    }
-    fake::set_profile(coherent ? fake::gh200() : fake::Profile{});
-    fake::set_order(order, 7);
-    CudaOptions options = options_for(device_frames, pool_frames);
-    if (memory == CpuMemory::pageable) options.pool_io = "pageable";
-    try {
-      return open_cuda(options);
-    } catch (const ConfigError& error) {
-      throw std::runtime_error(error.what());  // no reason to skip a test
-    }
-  }
-};
-
-INSTANTIATE_TYPED_TEST_SUITE_P(CudaEarliest, BackendConformance, InOrder<fake::Order::earliest>);
-INSTANTIATE_TYPED_TEST_SUITE_P(CudaLatest, BackendConformance, InOrder<fake::Order::latest>);
-INSTANTIATE_TYPED_TEST_SUITE_P(CudaRandom, BackendConformance, InOrder<fake::Order::random>);
-
-using Pageable = InOrder<fake::Order::earliest, CpuMemory::pageable>;
-INSTANTIATE_TYPED_TEST_SUITE_P(CudaPageable, BackendConformance, Pageable);
-
-using Coherent = InOrder<fake::Order::random, CpuMemory::coherent>;
-INSTANTIATE_TYPED_TEST_SUITE_P(CudaCoherent, BackendConformance, Coherent);
+INSTANTIATE_TEST_SUITE_P(Cuda, BackendConformance,
+                         ::testing::Values(cuda("Earliest", fake::Order::earliest),
+                                           cuda("Latest", fake::Order::latest),
+                                           cuda("Random", fake::Order::random),
+                                           cuda("Pageable", fake::Order::earliest, "pageable"),
+                                           cuda("Coherent", fake::Order::random, "coherent")),
+                         subject_name);
 
 // Another backend's memory stands for a tensor's.
 TEST(CudaAnywhere, TakesMemoryOfTheCallers) {
-  using On = testing::OnCuda;
+  const Subject on = testing::OnCuda::subject();
   if (is_double()) fake::set_profile({});
   const auto owner = open_cuda(options_for(12, 0));
   CudaOptions options = options_for(8, 8);
@@ -81,11 +78,11 @@ TEST(CudaAnywhere, TakesMemoryOfTheCallers) {
     EXPECT_EQ(backend->resize_device(12), 8U);
     EXPECT_EQ(backend->memory(), nullptr) << "nobody but the caller holds it";
     ASSERT_EQ(grow_pool(*backend, 8), 8U);
-    fill<On>(*backend, 0, 1);
+    on.fill(*backend, 0, 1);
     ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 0, 1}})));
     ASSERT_TRUE(is_ok(finish(*backend, to_device, {{7, 0, 1}})));
   }
-  EXPECT_TRUE(holds<On>(*owner, 11, 1)) << "it stays the caller's";
+  EXPECT_TRUE(on.holds(*owner, 11, 1)) << "it stays the caller's";
 }
 
 // ---- what only this backend promises ------------------------------------------------------------
@@ -200,12 +197,12 @@ TEST_F(Cuda, GivesMemoryBack) {
 TEST_F(Cuda, CopiesRunsThatSpanRegistrations) {
   const auto backend = open_cuda(options_for(64, 40'000));
   ASSERT_EQ(grow_pool(*backend, 40'000), 40'000U);
-  using On = testing::OnCuda;
-  for (FrameIndex i = 0; i < 32; ++i) fill<On>(*backend, i, i);
+  const Subject on = testing::OnCuda::subject();
+  for (FrameIndex i = 0; i < 32; ++i) on.fill(*backend, i, i);
   const FrameIndex end = 16'384;  // of the first 64 MiB
   ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, end - 16, 32}})));
   ASSERT_TRUE(is_ok(finish(*backend, to_device, {{32, end - 16, 32}})));
-  for (FrameIndex i = 0; i < 32; ++i) EXPECT_TRUE(holds<On>(*backend, 32 + i, i));
+  for (FrameIndex i = 0; i < 32; ++i) EXPECT_TRUE(on.holds(*backend, 32 + i, i));
 }
 
 // Each on streams of its own GPU; the double complains of memory used on a stream of another.
@@ -230,7 +227,7 @@ TEST_F(Cuda, SeveralGpusHaveACacheEach) {
     const auto found = On::read(backend, streams[i], 1);
     ASSERT_EQ(collect(backend, 2).size(), 2U);
     Caller::get().synchronize(testing::handle_of(streams[i]));
-    EXPECT_EQ(*found, held);
+    EXPECT_EQ(found(), held);
   }
   EXPECT_EQ(fake::take_violations(), std::vector<std::string>());
 }
@@ -276,11 +273,11 @@ TEST_F(Cuda, PinsMoreOnceTheSystemDoes) {
   }
   ASSERT_EQ(grow_pool(*backend, 40'000), 40'000U);
   EXPECT_EQ(backend->pool_refusal(), "");
-  using On = testing::OnCuda;
-  fill<On>(*backend, 0, 7);
+  const Subject on = testing::OnCuda::subject();
+  on.fill(*backend, 0, 7);
   ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 39'999, 1}})));
   ASSERT_TRUE(is_ok(finish(*backend, to_device, {{1, 39'999, 1}})));
-  EXPECT_TRUE(holds<On>(*backend, 1, 7));
+  EXPECT_TRUE(on.holds(*backend, 1, 7));
 }
 
 TEST_F(Cuda, GoesOnWithMemoryThatIsNotPinned) {
@@ -305,12 +302,12 @@ TEST_F(Cuda, PinsNothingWhereTheGpuSharesThePageTables) {
   EXPECT_EQ(backend->capabilities().pool_io_reason, "");
   ASSERT_EQ(grow_pool(*backend, 40'000), 40'000U);
   EXPECT_EQ(fake::holdings().pinned_bytes, before.pinned_bytes);
-  using On = testing::OnCuda;
-  for (FrameIndex i = 0; i < 32; ++i) fill<On>(*backend, i, i);
+  const Subject on = testing::OnCuda::subject();
+  for (FrameIndex i = 0; i < 32; ++i) on.fill(*backend, i, i);
   ASSERT_TRUE(is_ok(finish(*backend, to_pool, {{0, 100, 32}})));
   ASSERT_EQ(grow_pool(*backend, 200), 200U);
   ASSERT_TRUE(is_ok(finish(*backend, to_device, {{32, 100, 32}})));
-  for (FrameIndex i = 0; i < 32; ++i) EXPECT_TRUE(holds<On>(*backend, 32 + i, i));
+  for (FrameIndex i = 0; i < 32; ++i) EXPECT_TRUE(on.holds(*backend, 32 + i, i));
 }
 
 // What the device holds stays as it is: it may be the caller's.
@@ -321,9 +318,9 @@ TEST_F(Cuda, PinsCoherentMemoryWhereItsCopiesHoldUpTheCaller) {
     machine.pins = pins;
     become(machine);
     fake::set_order(fake::Order::latest, 3);
-    using On = testing::OnCuda;
+    const Subject on = testing::OnCuda::subject();
     const auto owner = open_cuda(options_for(64, 0));
-    for (FrameIndex i = 0; i < 64; ++i) fill<On>(*owner, i, i);
+    for (FrameIndex i = 0; i < 64; ++i) on.fill(*owner, i, i);
     const std::size_t before = fake::holdings().pinned_bytes;  // the caller's own
     CudaOptions options = options_for(64, 40'000);
     options.device_memory = owner->address(0);
@@ -336,7 +333,7 @@ TEST_F(Cuda, PinsCoherentMemoryWhereItsCopiesHoldUpTheCaller) {
     EXPECT_EQ(fake::holdings().pinned_bytes - before, pins ? 40'000 * stride : 0);
     backend.reset();
     EXPECT_EQ(fake::holdings().pinned_bytes, before);
-    for (FrameIndex i = 0; i < 64; ++i) EXPECT_TRUE(holds<On>(*owner, i, i));
+    for (FrameIndex i = 0; i < 64; ++i) EXPECT_TRUE(on.holds(*owner, i, i));
     for (const std::string& words : fake::take_violations()) ADD_FAILURE() << words;
   }
 }

@@ -40,38 +40,23 @@ HostOptions options_for(std::uint32_t device_frames, std::uint32_t pool_frames,
 }
 
 // The calling thread computes.
-struct OnThisThread {
-  static ComputeStream stream(std::uint32_t number) { return {number}; }
-  static void write(Backend& backend, ComputeStream /*stream*/, FrameIndex frame,
-                    const Contents& bytes) {
-    std::memcpy(backend.address(frame), bytes.data(), bytes.size());
-  }
-  static Read read(Backend& backend, ComputeStream /*stream*/, FrameIndex frame) {
-    const std::byte* at = backend.address(frame);
-    return std::make_shared<Contents>(at, at + backend.capabilities().frame_stride);
-  }
-  static void synchronize(Backend& /*backend*/, ComputeStream /*stream*/) {}
-};
-struct DirectUring : OnThisThread {
-  static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
-    return open_host(options_for(device_frames, pool_frames, "direct-uring"));
-  }
-};
-struct DirectThreads : OnThisThread {
-  static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
-    return open_host(options_for(device_frames, pool_frames, "direct-threads"));
-  }
-};
-struct BufferedThreads : OnThisThread {
-  static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
-    return open_host(options_for(device_frames, pool_frames, "buffered-threads"));
-  }
-};
-struct Memory : OnThisThread {
-  static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
-    return open_host(options_for(device_frames, pool_frames, "auto", "tmpfs:/dev/shm"));
-  }
-};
+Subject on_this_thread(std::string name, const std::string& pool_io,
+                       const std::string& pool_dir = default_pool_dir()) {
+  return {.name = std::move(name),
+          .open =
+              [=](std::uint32_t device_frames, std::uint32_t pool_frames) {
+                return open_host(options_for(device_frames, pool_frames, pool_io, pool_dir));
+              },
+          .stream = [](std::uint32_t number) -> ComputeStream { return {number}; },
+          .write = [](Backend& backend, ComputeStream /*stream*/, FrameIndex frame,
+                      const Contents& bytes) { std::ranges::copy(bytes, backend.address(frame)); },
+          .read = [](Backend& backend, ComputeStream /*stream*/, FrameIndex frame) -> Read {
+            const std::byte* at = backend.address(frame);
+            return
+                [found = Contents(at, at + backend.capabilities().frame_stride)] { return found; };
+          },
+          .synchronize = [](Backend& /*backend*/, ComputeStream /*stream*/) {}};
+}
 
 // What `open_host` says when it refuses these options with an Error.
 template <class Error>
@@ -223,7 +208,8 @@ TEST(HostDirectory, MemoryMustBeAskedFor) {
   const auto refusal = refusal_of<ConfigError>(options_for(1, 1, "auto", "/dev/shm"));
   EXPECT_NE(refusal.find("tmpfs"), std::string::npos);
   EXPECT_NE(refusal.find("'tmpfs:/dev/shm'"), std::string::npos) << "says what to write instead";
-  EXPECT_EQ(Memory::open(1, 1)->capabilities().pool_io, "buffered-threads");
+  EXPECT_EQ(open_host(options_for(1, 1, "auto", "tmpfs:/dev/shm"))->capabilities().pool_io,
+            "buffered-threads");
   EXPECT_THROW(static_cast<void>(open_host(options_for(1, 1, "direct-uring", "tmpfs:/dev/shm"))),
                ConfigError);
   EXPECT_THROW(static_cast<void>(open_host(options_for(1, 1, "direct-threads", "tmpfs:/dev/shm"))),
@@ -718,10 +704,12 @@ TEST(HostRing, LossFailsEverythingAndIsReported) {
   EXPECT_EQ(finish(*backend, to_pool, {{0, 0, 1}}).status, Status::failed);
 }
 
-INSTANTIATE_TYPED_TEST_SUITE_P(HostDirectUring, BackendConformance, DirectUring);
-INSTANTIATE_TYPED_TEST_SUITE_P(HostDirectThreads, BackendConformance, DirectThreads);
-INSTANTIATE_TYPED_TEST_SUITE_P(HostBufferedThreads, BackendConformance, BufferedThreads);
-INSTANTIATE_TYPED_TEST_SUITE_P(HostMemory, BackendConformance, Memory);
+INSTANTIATE_TEST_SUITE_P(Host, BackendConformance,
+                         testing::Values(on_this_thread("DirectUring", "direct-uring"),
+                                         on_this_thread("DirectThreads", "direct-threads"),
+                                         on_this_thread("BufferedThreads", "buffered-threads"),
+                                         on_this_thread("Memory", "auto", "tmpfs:/dev/shm")),
+                         subject_name);
 
 }  // namespace
 }  // namespace pie

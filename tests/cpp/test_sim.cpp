@@ -46,47 +46,46 @@ std::unique_ptr<SimBackend> open(const SimOptions& options) {
 
 // ---- conformance --------------------------------------------------------------------------------
 
-struct Simulated {
-  static constexpr Work a_while{1'000'000};
+constexpr Work a_while{1'000'000};
 
-  static SimBackend& sim(Backend& backend) { return dynamic_cast<SimBackend&>(backend); }
-  static ComputeStream stream(std::uint32_t number) { return {number}; }
-  static void write(Backend& backend, ComputeStream stream, FrameIndex frame, Contents bytes) {
-    std::byte* at = backend.address(frame);
-    sim(backend).launch(stream, a_while, [at, bytes = std::move(bytes)] {
-      std::memcpy(at, bytes.data(), bytes.size());
-    });
-  }
-  static Read read(Backend& backend, ComputeStream stream, FrameIndex frame) {
-    const std::byte* at = backend.address(frame);
-    auto found = std::make_shared<Contents>(backend.capabilities().frame_stride);
-    sim(backend).launch(stream, a_while,
-                        [at, found] { std::memcpy(found->data(), at, found->size()); });
-    return found;
-  }
-  static void synchronize(Backend& backend, ComputeStream stream) {
-    sim(backend).synchronize(stream);
-  }
-};
+SimBackend& sim(Backend& backend) { return dynamic_cast<SimBackend&>(backend); }
 
-struct CallerComputes : Simulated {
-  static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
-    return open_sim(options_for(device_frames, pool_frames));
-  }
-};
+Subject simulated(std::string name, Subject::Open open) {
+  return {.name = std::move(name),
+          .open = std::move(open),
+          .stream = [](std::uint32_t number) -> ComputeStream { return {number}; },
+          .write =
+              [](Backend& backend, ComputeStream stream, FrameIndex frame, const Contents& bytes) {
+                std::byte* at = backend.address(frame);
+                sim(backend).launch(stream, a_while, [at, bytes] { std::ranges::copy(bytes, at); });
+              },
+          .read = [](Backend& backend, ComputeStream stream, FrameIndex frame) -> Read {
+            const std::byte* at = backend.address(frame);
+            auto found = std::make_shared<Contents>(backend.capabilities().frame_stride);
+            sim(backend).launch(stream, a_while,
+                                [at, found] { std::copy_n(at, found->size(), found->data()); });
+            return [found] { return *found; };
+          },
+          .synchronize = [](Backend& backend,
+                            ComputeStream stream) { sim(backend).synchronize(stream); }};
+}
 
-struct StreamsCompute : Simulated {
-  static std::unique_ptr<Backend> open(std::uint32_t device_frames, std::uint32_t pool_frames) {
-    SimOptions options = options_for(device_frames, pool_frames);
-    options.streams = true;
-    options.load.jitter_ns = 100'000;
-    options.write.jitter_ns = 100'000;
-    return open_sim(options);
-  }
-};
+std::unique_ptr<Backend> caller_computes(std::uint32_t device_frames, std::uint32_t pool_frames) {
+  return open_sim(options_for(device_frames, pool_frames));
+}
 
-INSTANTIATE_TYPED_TEST_SUITE_P(Sim, BackendConformance, CallerComputes);
-INSTANTIATE_TYPED_TEST_SUITE_P(SimStreams, BackendConformance, StreamsCompute);
+std::unique_ptr<Backend> streams_compute(std::uint32_t device_frames, std::uint32_t pool_frames) {
+  SimOptions options = options_for(device_frames, pool_frames);
+  options.streams = true;
+  options.load.jitter_ns = 100'000;
+  options.write.jitter_ns = 100'000;
+  return open_sim(options);
+}
+
+INSTANTIATE_TEST_SUITE_P(Sim, BackendConformance,
+                         testing::Values(simulated("CallerComputes", caller_computes),
+                                         simulated("StreamsCompute", streams_compute)),
+                         subject_name);
 
 // ---- what is known of tickets
 // ----------------------------------------------------------------------
