@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,3 +27,11 @@ def weights() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return WEIGHTS
+
+
+@pytest.fixture(scope="session")
+def smollm(weights: Path) -> Any:
+    """That model in float32 and its tokenizer; it takes transformers half a minute to read."""
+    from pie.hf import load
+
+    return load(weights, "f32")

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,11 +26,20 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def folder(smollm: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real model as most people have theirs."""
+    folder = tmp_path_factory.mktemp("smollm")
+    for part in smollm:
+        part.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_of_a_page_runs(page: Path, tmp_path: Path, weights: Path) -> None:
+def test_python_of_a_page_runs(page: Path, tmp_path: Path, folder: Path) -> None:
     # In one process and in order, as somebody reading the page would type it, who has a model.
     program = tmp_path / "page.py"
-    program.write_text("\n".join([f"model_path = {str(weights)!r}", *blocks(page, "python")]))
+    program.write_text("\n".join([f"model_path = {str(folder)!r}", *blocks(page, "python")]))
     said = run(str(program))
     if page.name == "README.md":
         streamed = re.search(r"^(\d+) bytes streamed", said, re.MULTILINE)
@@ -54,5 +64,5 @@ def test_named_files_and_targets_exist(page: Path) -> None:
     [example for example in EXAMPLES if FAST in example.read_text()],
     ids=lambda example: example.name,
 )
-def test_fast_example_runs(example: Path, weights: Path) -> None:
+def test_fast_example_runs(example: Path) -> None:
     run(str(example))

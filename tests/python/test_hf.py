@@ -7,6 +7,7 @@ import signal
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -840,8 +841,8 @@ def test_load_refuses_what_the_probe_finds_wrong(
         pie.hf.load(saved, "f32")
 
 
-def test_gguf_on_real_weights(weights: Path) -> None:
-    model, tokenizer = pie.hf.load(weights, "f32")
+def test_gguf_on_real_weights(smollm: Any) -> None:
+    model, tokenizer = smollm
     prompts = ["The capital of France is", "One, two, three, four,"]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
     inputs.pop("token_type_ids", None)
