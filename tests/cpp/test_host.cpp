@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
@@ -99,7 +100,7 @@ std::vector<int> descriptors(const std::string& text) {
 }
 
 // Threads of this process, less those that the kernel keeps for io_uring.
-std::size_t thread_count() {
+std::size_t threads_listed() {
   std::size_t count = 0;
   for (const auto& entry : fs::directory_iterator("/proc/self/task")) {
     std::ifstream file(entry.path() / "comm");
@@ -108,6 +109,16 @@ std::size_t thread_count() {
     if (!name.starts_with("iou-")) ++count;
   }
   return count;
+}
+
+// One that was joined may be listed for a moment longer.
+std::size_t thread_count() {
+  for (std::size_t before = threads_listed();;) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    const std::size_t now = threads_listed();
+    if (now == before) return now;
+    before = now;
+  }
 }
 
 // Limits the size of every file for a while; exceeding it is EFBIG, as a full disk is ENOSPC.
