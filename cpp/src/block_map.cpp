@@ -482,8 +482,7 @@ void BlockMap::check_paths() const {
       const bool tail = branch == sequence.path.back();
       require(tail || branch->full == branch->blocks(), "check: a block inside a path is partial.");
     }
-    const std::uint32_t size = geometry_.block_tokens;
-    require(sequence.gain > 0 || end == (sequence.tokens + size - 1) / size,
+    require(sequence.gain > 0 || end == geometry_.blocks_of(sequence.tokens),
             "check: a path and its sequence's length differ.");
   }
   for (const auto& [id, branch] : branches_) {

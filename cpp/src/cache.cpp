@@ -406,15 +406,14 @@ Gathered Cache::Impl::gather(std::uint32_t layer, const LayerInputs& inputs) {
 
 FrameTable Cache::Impl::pages(std::uint32_t layer, const LayerInputs& inputs) {
   take_turn(layer, Reader::pages, "pages");
-  const std::uint32_t size = geometry_.block_tokens;
-  const std::size_t columns = (longest() + size - 1) / size;
+  const std::size_t columns = geometry_.blocks_of(longest());
   PagesKernel kernel(shape(geometry_.kv_heads), inputs);
   run_layer(layer, kernel);
   table_.assign(batch_.size() * columns, no_table_frame);
   for (std::size_t i = 0; i < batch_.size(); ++i) {
     const Sequence& member = *batch_[i].sequence;
-    const std::uint32_t first = Geometry::first_seen(member.tokens, geometry_.window(layer)) / size;
-    const std::uint32_t end = (member.tokens + batch_[i].new_tokens + size - 1) / size;
+    const std::uint32_t first = geometry_.first_block(member.tokens, geometry_.window(layer));
+    const std::uint32_t end = geometry_.blocks_of(member.tokens + batch_[i].new_tokens);
     const std::int32_t* row = scheduler_.map().tables().row(layer, member.row);
     std::copy(row + first, row + end,
               table_.begin() + static_cast<std::ptrdiff_t>(i * columns + first));

@@ -26,6 +26,7 @@ Scheduler::Scheduler(Backend& backend, const Geometry& geometry, std::unique_ptr
       map_(geometry, capabilities_.device_frames, capabilities_.pool_frames),
       transfers_(backend, map_),
       ring_(transfers_, capabilities_.streams),
+      reading_(geometry_, map_.tables()),
       controller_(backend, transfers_, geometry, policy_->name() != "off") {
   const Bytes best = std::max(capabilities_.copy_bytes_best, capabilities_.frame_stride);
   copy_frames_ = static_cast<std::uint32_t>(
@@ -40,15 +41,6 @@ Scheduler::Scheduler(Backend& backend, const Geometry& geometry, std::unique_ptr
     if (found == classes_.end()) found = classes_.insert(found, {geometry.window(layer), {}});
     found->layers.push_back(layer);
   }
-}
-
-std::uint32_t Scheduler::blocks_of(std::uint32_t tokens) const {
-  return (tokens + geometry_.block_tokens - 1) / geometry_.block_tokens;
-}
-
-// The first block that the row at `position` reads in a layer with this window.
-std::uint32_t Scheduler::first_block(std::uint32_t position, std::uint32_t window) const {
-  return window == 0 ? 0 : Geometry::first_seen(position, window) / geometry_.block_tokens;
 }
 
 // ---- planning -----------------------------------------------------------------------------------
@@ -107,7 +99,7 @@ void Scheduler::open_batch(std::span<const Growth> batch) {
     }
     sequence.gain = growth.new_tokens;
     const std::uint32_t after = sequence.tokens + growth.new_tokens;
-    map_.reserve_blocks(blocks_of(after));
+    map_.reserve_blocks(geometry_.blocks_of(after));
     growth.branch->grows_to = after;
     const bool fills = partial && after / size > sequence.tokens / size;
     growth.branch->held = fills ? sequence.tokens / size - growth.branch->first : no_frame;
@@ -329,7 +321,7 @@ std::uint32_t Scheduler::lent_frames() const {
     for (const Growth& growth : batch_) {
       if (growth.new_tokens == 1) continue;
       const Branch& branch = *growth.branch;
-      const std::uint32_t begun = blocks_of(growth.sequence->tokens) - branch.first;
+      const std::uint32_t begun = geometry_.blocks_of(growth.sequence->tokens) - branch.first;
       const std::uint32_t full = branch.grows_to / geometry_.block_tokens - branch.first;
       const std::uint32_t streamed = std::min(full, branch.layers[layer].streamed);
       frames += streamed - std::min(streamed, begun);
@@ -371,7 +363,7 @@ void Scheduler::divide(std::uint32_t staging_frames, std::uint32_t ring_frames) 
 void Scheduler::settle_plan() {
   std::uint32_t needed = 0;
   for (const Growth& growth : batch_) {
-    needed += blocks_of(growth.branch->grows_to) - growth.branch->end();
+    needed += geometry_.blocks_of(growth.branch->grows_to) - growth.branch->end();
   }
   if (map_.device().free() < needed * geometry_.layers) drain();
 }
@@ -483,37 +475,13 @@ void Scheduler::set_stream(ComputeStream stream) {
 }
 
 void Scheduler::set_visits(std::vector<Visit> visits) {
-  visits_ = std::move(visits);
-  progress_.resize(visits_.size());
+  reading_.set(std::move(visits));
   layer_ = 0;
   wave_ = 0;
   appended_ = false;
-  present_layer_ = no_layer;
-  rows_ = visits_.back().first_row + visits_.back().rows;
-  slots_.resize(std::size_t{geometry_.layers} * rows_);
-  plan_legs();
+  slots_.resize(std::size_t{geometry_.layers} * reading_.rows());
   reconcile();
   pump();
-}
-
-// Each wave reads its visits' paths. A branch that several pass through is read once, by all of
-// them; since paths part and never meet again, every visit still gets its blocks in order.
-void Scheduler::plan_legs() {
-  legs_.clear();
-  for (std::uint32_t i = 0; i < visits_.size(); ++i) {
-    const Visit& visit = visits_[i];
-    for (Branch* branch : visit.sequence->path) {
-      const bool listed = branch->leg < legs_.size() && legs_[branch->leg].branch == branch &&
-                          legs_[branch->leg].wave == visit.wave;
-      if (!listed) {
-        branch->leg = legs_.size();
-        legs_.push_back({branch, visit.wave, visit.position, {}});
-      }
-      Leg& leg = legs_[branch->leg];
-      leg.position = std::min(leg.position, visit.position);
-      leg.visits.push_back(i);
-    }
-  }
 }
 
 void Scheduler::run_layer(std::uint32_t layer, LayerKernel& kernel) {
@@ -523,14 +491,13 @@ void Scheduler::run_layer(std::uint32_t layer, LayerKernel& kernel) {
   stored_ = 0;
   slotted_ = 0;
   appended_ = false;
-  ready_ = false;
   running_ = true;
   land();
   raise_errors();
   if (transfers_.log().on()) trace_layer();
   cursor_ = std::max(cursor_, {layer_, 0, 0});
   pump();
-  if (legs_.back().wave == 0) append_wave(kernel);
+  if (reading_.legs().back().wave == 0) append_wave(kernel);
   if (is_present()) {
     attend_present(kernel);
   } else {
@@ -543,7 +510,7 @@ void Scheduler::run_layer(std::uint32_t layer, LayerKernel& kernel) {
 void Scheduler::trace_layer() {
   std::uint64_t frames = 0;
   std::uint64_t streamed = 0;
-  for (const Leg& leg : legs_) {
+  for (const Leg& leg : reading_.legs()) {
     const LayerBlocks& layer = leg.branch->layers[layer_];
     frames += layer.size() - layer.gone;
     streamed += layer.away;
@@ -565,48 +532,23 @@ Trace Scheduler::take_trace() {
 bool Scheduler::is_present() const {
   const bool loading = capabilities_.streams && transfers_.loading();
   return appended_ && !loading &&
-         std::ranges::all_of(legs_, [](const Leg& leg) { return leg.branch->away == 0; });
+         std::ranges::all_of(reading_.legs(), [](const Leg& leg) { return leg.branch->away == 0; });
 }
 
-// The pieces differ from those of the layer before by their tables, where the window is the same:
-// with nothing streamed a layer costs no more than that.
 void Scheduler::attend_present(LayerKernel& kernel) {
-  const BlockTables& tables = map_.tables();
-  const bool same =
-      present_layer_ != no_layer && geometry_.window(present_layer_) == geometry_.window(layer_);
-  if (same) {
-    const std::ptrdiff_t ahead = tables.row(layer_, 0) - tables.row(present_layer_, 0);
-    for (KvPiece& piece : pieces_) piece.frames.table += ahead;
-  } else {
-    pieces_.clear();
-    start_visits();
-    const BlockFrames frames = layer_frames();
-    for (std::size_t i = 0; i < visits_.size(); ++i) {
-      progress_[i].ready = blocks_of(visits_[i].kv_end());
-      add_piece(i, frames);
-    }
-  }
-  present_layer_ = layer_;
-  kernel.attend(layer_, pieces_);
+  kernel.attend(layer_, reading_.whole(layer_, layer_frames()));
   land();
 }
 
-void Scheduler::start_visits() {
-  for (std::size_t i = 0; i < visits_.size(); ++i) {
-    const std::uint32_t begin = first_block(visits_[i].position, geometry_.window(layer_));
-    progress_[i] = {begin, begin, begin};
-  }
-}
-
 void Scheduler::read_layer(LayerKernel& kernel) {
-  present_layer_ = no_layer;
-  start_visits();
-  for (std::size_t i = 0; i < legs_.size(); ++i) {
-    if (legs_[i].wave != wave_) {
+  reading_.start(layer_);
+  for (std::size_t i = 0; i < reading_.legs().size(); ++i) {
+    const std::uint32_t wave = reading_.legs()[i].wave;
+    if (wave != wave_) {
       flush(kernel);
       appended_ = false;
     }
-    wave_ = legs_[i].wave;
+    wave_ = wave;
     if (!appended_) append_wave(kernel);
     read_branch(i, kernel);
   }
@@ -621,13 +563,11 @@ void Scheduler::end_layer() {
 }
 
 void Scheduler::read_branch(std::size_t index, LayerKernel& kernel) {
-  const Leg& leg = legs_[index];
-  const Branch& branch = *leg.branch;
+  const Leg& leg = reading_.legs()[index];
   cursor_ = std::max(cursor_, {layer_, index, 0});
-  const LayerBlocks& layer = branch.layers[layer_];
-  const std::uint32_t seen = first_block(leg.position, geometry_.window(layer_));
+  const LayerBlocks& layer = leg.branch->layers[layer_];
   const std::uint32_t end = layer.size();
-  for (std::uint32_t block = seen - std::min(seen, branch.first); block < end;) {
+  for (std::uint32_t block = reading_.first_block(leg, layer_); block < end;) {
     std::uint32_t ready = layer.present_end(block, end);
     if (ready == block) ready = show_in_place({leg.branch, layer_, block});
     if (ready == block) ready = std::min(end, fetch(index, block, kernel));
@@ -641,7 +581,7 @@ void Scheduler::read_branch(std::size_t index, LayerKernel& kernel) {
 // device has no room for so many.
 void Scheduler::append_wave(LayerKernel& kernel) {
   bool several = false;
-  for (const Visit& visit : visits_) {
+  for (const Visit& visit : reading_.visits()) {
     if (visit.wave != wave_) continue;
     append(visit, kernel);
     several = several || visit.sequence->gain > 1;
@@ -655,7 +595,7 @@ void Scheduler::append_wave(LayerKernel& kernel) {
 void Scheduler::append(const Visit& visit, LayerKernel& kernel) {
   const std::uint32_t size = geometry_.block_tokens;
   const std::int32_t* table = map_.tables().row(layer_, visit.sequence->row);
-  std::int64_t* slots = slots_.data() + std::size_t{layer_} * rows_ + visit.first_row;
+  std::int64_t* slots = slots_.data() + std::size_t{layer_} * reading_.rows() + visit.first_row;
   std::uint32_t block = visit.position / size;
   std::uint32_t offset = visit.position % size;
   for (std::uint32_t done = 0; done < visit.rows; ++block, offset = 0) {
@@ -682,7 +622,7 @@ void Scheduler::add_block(Branch& branch, LayerKernel& kernel) {
 // streamed.
 void Scheduler::store(LayerKernel& kernel) {
   if (stored_ == slotted_) return;
-  const std::int64_t* slots = slots_.data() + std::size_t{layer_} * rows_ + stored_;
+  const std::int64_t* slots = slots_.data() + std::size_t{layer_} * reading_.rows() + stored_;
   kernel.append({layer_,
                  stored_,
                  {slots, slotted_ - stored_},
@@ -690,7 +630,7 @@ void Scheduler::store(LayerKernel& kernel) {
                  backend_.address(0),
                  capabilities_.frame_stride});
   stored_ = slotted_;
-  for (const Visit& visit : visits_) {
+  for (const Visit& visit : reading_.visits()) {
     if (visit.wave != wave_ || visit.sequence->gain == 1 || visit.first_row >= stored_) continue;
     const std::uint32_t rows = std::min(visit.rows, stored_ - visit.first_row);
     write_begun(visit, (visit.position + rows) / geometry_.block_tokens);
@@ -704,7 +644,7 @@ void Scheduler::store(LayerKernel& kernel) {
 void Scheduler::write_begun(const Visit& visit, std::uint32_t full) {
   Branch& branch = *visit.sequence->path.back();
   LayerBlocks& blocks = branch.layers[layer_];
-  const std::uint32_t begun = blocks_of(visit.sequence->tokens) - branch.first;
+  const std::uint32_t begun = geometry_.blocks_of(visit.sequence->tokens) - branch.first;
   const std::uint32_t filled = full - branch.first;
   const std::uint32_t limit = plan_.write_behind ? filled : std::min(filled, blocks.streamed);
   if (limit <= begun) return;
@@ -744,7 +684,7 @@ std::uint32_t Scheduler::show_in_place(const BlockKey& key) {
 // Brings a block that is not on the device nearer to being there. Returns the end of the blocks
 // from it on that now are: `index` itself where it is not there yet.
 std::uint32_t Scheduler::fetch(std::size_t leg, std::uint32_t index, LayerKernel& kernel) {
-  const BlockKey key{legs_[leg].branch, layer_, index};
+  const BlockKey key{reading_.legs()[leg].branch, layer_, index};
   const Load* load = ring_.find(key);
   if (load != nullptr && (capabilities_.streams || ring_.arrived(*load))) return take(load, key);
   if (load == nullptr && BlockMap::at(key).state == BlockState::pooled) {
@@ -757,7 +697,7 @@ std::uint32_t Scheduler::fetch(std::size_t leg, std::uint32_t index, LayerKernel
 
 // For what is under way: computes what is there while the rest arrives.
 void Scheduler::wait_for(LayerKernel& kernel) {
-  if (ready_ && !shape_.whole_layers) {
+  if (reading_.ready() && !shape_.whole_layers) {
     flush(kernel);
   } else {
     wait_for_room();
@@ -785,7 +725,7 @@ void Scheduler::ask_now(std::size_t leg, const BlockKey& key, LayerKernel& kerne
     ring_.close();
   }
   if (BlockMap::at(key).state != BlockState::pooled || ring_.find(key) != nullptr) return;
-  if (ready_ && !shape_.whole_layers) return flush(kernel);
+  if (reading_.ready() && !shape_.whole_layers) return flush(kernel);
   if (ring_.drop_last()) {
     cursor_ = here;
     ahead_ = true;
@@ -799,23 +739,12 @@ void Scheduler::collect(const Leg& leg, std::uint32_t begin, std::uint32_t end) 
   for (std::uint32_t b = begin; capabilities_.streams && transfers_.loading() && b < end; ++b) {
     if (blocks[b].present()) transfers_.before_read(blocks[b].device);
   }
-  for (const std::uint32_t visit : leg.visits) {
-    progress_[visit].ready = std::max(progress_[visit].ready, leg.branch->first + end);
-  }
-  ready_ = true;
+  reading_.collect(leg, end);
 }
 
 void Scheduler::flush(LayerKernel& kernel) {
-  if (!std::exchange(ready_, false)) return;
-  pieces_.clear();
-  const BlockFrames frames = layer_frames();
-  for (std::size_t i = 0; i < visits_.size(); ++i) {
-    Progress& progress = progress_[i];
-    if (progress.ready == progress.read) continue;
-    add_piece(i, frames);
-    progress.read = progress.ready;
-  }
-  kernel.attend(layer_, pieces_);
+  if (!reading_.ready()) return;
+  kernel.attend(layer_, reading_.take(layer_frames()));
   if (!shape_.whole_layers) ring_.release();
   land();
   pump();
@@ -827,24 +756,6 @@ BlockFrames Scheduler::layer_frames() const {
           shape_.in_place ? backend_.pool_address() : nullptr};
 }
 
-// What is ready of a visit and not yet read.
-void Scheduler::add_piece(std::size_t index, const BlockFrames& frames) {
-  const Visit& visit = visits_[index];
-  const Progress& progress = progress_[index];
-  KvPiece& piece = pieces_.emplace_back();
-  piece.sequence = visit.sequence->id;
-  piece.entry = visit.entry;
-  piece.first_row = visit.first_row;
-  piece.rows = visit.rows;
-  piece.position = visit.position;
-  piece.kv_begin = progress.read * geometry_.block_tokens;
-  piece.kv_end = std::min(progress.ready * geometry_.block_tokens, visit.kv_end());
-  piece.first = progress.read == progress.begin;
-  piece.last = piece.kv_end == visit.kv_end();
-  piece.frames = frames;
-  piece.frames.table = map_.tables().row(layer_, visit.sequence->row) + progress.read;
-}
-
 // ---- ahead of the layers ------------------------------------------------------------------------
 
 // Whether the leg at the cursor has yet to append blocks that the plan streams: where the layer
@@ -852,7 +763,7 @@ void Scheduler::add_piece(std::size_t index, const BlockFrames& frames) {
 bool Scheduler::is_to_grow() const {
   const bool done = cursor_.layer < layer_ || (cursor_.layer == layer_ && appended_);
   if (shape_.whole_layers || cursor_.layer >= geometry_.layers || done) return false;
-  const Branch& branch = *legs_[cursor_.leg].branch;
+  const Branch& branch = *reading_.legs()[cursor_.leg].branch;
   const LayerBlocks& layer = branch.layers[cursor_.layer];
   return branch.grows_to > 0 && layer.streamed > layer.blocks.size();
 }
@@ -860,11 +771,12 @@ bool Scheduler::is_to_grow() const {
 // Advances the cursor to the next block that is only in the pool; false at the end of what may be
 // asked for, which is one round of layers ahead of the one that runs.
 bool Scheduler::seek_pooled() {
-  if (legs_.empty() || map_.count(BlockState::pooled) == 0) return false;
+  const std::vector<Leg>& legs = reading_.legs();
+  if (legs.empty() || map_.count(BlockState::pooled) == 0) return false;
   while (cursor_.layer < layer_ + geometry_.layers) {
     const std::uint32_t wave = cursor_.layer == layer_ ? wave_ : 0;
-    for (; cursor_.leg < legs_.size(); ++cursor_.leg, cursor_.block = 0) {
-      const Leg& leg = legs_[cursor_.leg];
+    for (; cursor_.leg < legs.size(); ++cursor_.leg, cursor_.block = 0) {
+      const Leg& leg = legs[cursor_.leg];
       // A later wave reads the same branches again: what it needs comes back when it starts.
       if (leg.wave > wave) return false;
       if (seek_in(leg, cursor_.layer % geometry_.layers)) return true;
@@ -886,9 +798,8 @@ bool Scheduler::seek_in(const Leg& leg, std::uint32_t layer) {
   const bool all = blocks.away > blocks.streamed - std::min(blocks.streamed, blocks.gone);
   const std::uint32_t end = all ? size : std::min(size, blocks.streamed);
   if (cursor_.block >= end) return false;
-  const std::uint32_t seen = first_block(leg.position, geometry_.window(layer));
-  cursor_.block = std::max(
-      {cursor_.block, seen - std::min(seen, leg.branch->first), in_place_end(*leg.branch, layer)});
+  cursor_.block =
+      std::max({cursor_.block, reading_.first_block(leg, layer), in_place_end(*leg.branch, layer)});
   for (; cursor_.block < end; ++cursor_.block) {
     cursor_.block = blocks.present_end(cursor_.block, end);
     if (cursor_.block < end && blocks.is_pooled(cursor_.block)) return true;
@@ -897,7 +808,7 @@ bool Scheduler::seek_in(const Leg& leg, std::uint32_t layer) {
 }
 
 BlockKey Scheduler::key_at_cursor() const {
-  return {legs_[cursor_.leg].branch, cursor_.layer % geometry_.layers, cursor_.block};
+  return {reading_.legs()[cursor_.leg].branch, cursor_.layer % geometry_.layers, cursor_.block};
 }
 
 // Adjacent blocks in the pool from one on, all of them streamed by the plan or none.
@@ -1071,7 +982,7 @@ void Scheduler::abort() {
   ring_.drop_all();
   stop_prefetch();
   for (const Growth& growth : batch_) {
-    const std::uint32_t blocks = blocks_of(growth.sequence->tokens);
+    const std::uint32_t blocks = geometry_.blocks_of(growth.sequence->tokens);
     if (growth.branch != nullptr && !growth.branch->users.empty())
       cut(*growth.branch, blocks - growth.branch->first);
   }
@@ -1081,8 +992,7 @@ void Scheduler::abort() {
 // What is prefetched stays where it is; no more is asked for.
 void Scheduler::stop_prefetch() {
   ring_.drop_asked();  // where asking was interrupted
-  visits_.clear();
-  legs_.clear();
+  reading_.clear();
   cursor_ = {};
   layer_ = 0;
   wave_ = 0;

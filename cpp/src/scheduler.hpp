@@ -19,23 +19,11 @@
 #include "pie/backend.hpp"
 #include "pie/layer_kernel.hpp"
 #include "pie/policy.hpp"
+#include "reading.hpp"
 #include "ring.hpp"
 #include "transfers.hpp"
 
 namespace pie {
-
-// Query rows of one sequence that are served together in every layer of a step. Visits of one wave
-// may be read by one call; a later wave of a layer starts when the wave before it is done.
-struct Visit {
-  Sequence* sequence = nullptr;
-  std::uint32_t entry = 0;      // of the batch
-  std::uint32_t first_row = 0;  // in the step's packed rows
-  std::uint32_t rows = 0;
-  std::uint32_t position = 0;  // of the first row, in tokens; row i appends token position + i
-  std::uint32_t wave = 0;
-
-  [[nodiscard]] std::uint32_t kv_end() const { return position + rows; }
-};
 
 // One sequence of a step's batch.
 struct Growth {
@@ -139,24 +127,6 @@ class Scheduler {
     std::vector<std::uint32_t> layers;
   };
 
-  // A leg of the walk through a layer, what is read in one go: a branch, by all visits of one wave
-  // that pass through it.
-  struct Leg {
-    Branch* branch = nullptr;
-    std::uint32_t wave = 0;
-    std::uint32_t position = 0;  // the least of its visits'
-    std::vector<std::uint32_t> visits;
-  };
-
-  static constexpr std::uint32_t no_layer = 0xffffffff;
-
-  // How far a visit is through the layer that runs, in blocks.
-  struct Progress {
-    std::uint32_t begin = 0;
-    std::uint32_t read = 0;
-    std::uint32_t ready = 0;
-  };
-
   // Adjacent blocks of one layer of one branch.
   struct Stretch {
     std::uint64_t branch = 0;  // its id: the branch may be gone by now
@@ -173,9 +143,6 @@ class Scheduler {
 
     friend auto operator<=>(const Cursor&, const Cursor&) = default;
   };
-
-  [[nodiscard]] std::uint32_t blocks_of(std::uint32_t tokens) const;
-  [[nodiscard]] std::uint32_t first_block(std::uint32_t position, std::uint32_t window) const;
 
   void open_batch(std::span<const Growth> batch);
   std::vector<Growth> close_batch();
@@ -208,11 +175,9 @@ class Scheduler {
   void duplicate(FrameIndex from, FrameIndex to);
   void load_now(const BlockKey& key);
 
-  void plan_legs();
   void trace_layer();
   [[nodiscard]] bool is_present() const;
   void attend_present(LayerKernel& kernel);
-  void start_visits();
   void read_layer(LayerKernel& kernel);
   void read_branch(std::size_t index, LayerKernel& kernel);
   void append_wave(LayerKernel& kernel);
@@ -229,7 +194,6 @@ class Scheduler {
   void collect(const Leg& leg, std::uint32_t begin, std::uint32_t end);
   void flush(LayerKernel& kernel);
   [[nodiscard]] BlockFrames layer_frames() const;
-  void add_piece(std::size_t index, const BlockFrames& frames);
   void end_layer();
 
   [[nodiscard]] bool seek_pooled();
@@ -296,28 +260,22 @@ class Scheduler {
   BlockMap map_;
   Transfers transfers_;
   Ring ring_;
+  Reading reading_;
   Controller controller_;
   std::vector<LayerClass> classes_;
 
   Plan plan_;
   StepShape shape_;
   std::vector<Growth> batch_;
-  std::vector<Visit> visits_;
-  std::vector<Leg> legs_;           // wave by wave, in the order of reading
-  std::vector<Progress> progress_;  // of the visits
-  std::vector<Stretch> written_;    // of the layer that runs: streamed, clean, and still there
-  std::vector<KvPiece> pieces_;     // that the kernel was given last
-  std::uint32_t present_layer_ = no_layer;  // of which they are, where all of it was on the device
-  Cursor cursor_;                           // of what is to be asked for next
-  bool ahead_ = false;                      // loads beyond the cursor may be in the ring
-  bool ready_ = false;               // some visit has blocks that the kernel was not given yet
+  std::vector<Stretch> written_;     // of the layer that runs: streamed, clean, and still there
+  Cursor cursor_;                    // of what is to be asked for next
+  bool ahead_ = false;               // loads beyond the cursor may be in the ring
   bool running_ = false;             // blocks of `layer_` are in use
   std::uint32_t layer_ = 0;          // that runs
   std::uint32_t wave_ = 0;           // that runs in it
   bool appended_ = false;            // whether the wave that runs has its new tokens
   std::uint32_t stored_ = 0;         // rows of the layer that the kernel has stored
   std::uint32_t slotted_ = 0;        // rows of it that have slots
-  std::uint32_t rows_ = 0;           // of the step
   std::vector<std::int64_t> slots_;  // `[layers, rows]`
   std::vector<FrameIndex> pool_frames_taken_;  // for what is about to be written
   std::uint32_t copy_frames_ = 1;              // the most frames one ticket moves

@@ -41,7 +41,7 @@ void Scheduler::truncate(Sequence& sequence, std::uint32_t tokens) {
   refuse_unseen(sequence, tokens);
   stop_prefetch();
   const std::vector<std::uint64_t> path = ids_of(sequence.path);
-  const std::uint32_t keep = blocks_of(tokens);
+  const std::uint32_t keep = geometry_.blocks_of(tokens);
   prepare_to_leave(sequence, keep);
   const auto last = std::ranges::find_if(
       sequence.path, [&](const Branch* b) { return b->first < keep && b->end() > keep; });
@@ -84,10 +84,11 @@ void Scheduler::tidy_up(const std::vector<std::uint64_t>& path) {
 void Scheduler::refuse_unseen(const Sequence& sequence, std::uint32_t tokens) const {
   if (tokens >= sequence.tokens) return;
   for (const LayerClass& layers : classes_) {
-    const std::uint32_t needed = first_block(tokens, layers.window);
+    const std::uint32_t needed = geometry_.first_block(tokens, layers.window);
     for (const Branch* branch : sequence.path) {
       const std::uint32_t gone = branch->layers[layers.layers.front()].gone;
-      if (gone == 0 || branch->first >= blocks_of(tokens) || branch->first + gone <= needed) {
+      if (gone == 0 || branch->first >= geometry_.blocks_of(tokens) ||
+          branch->first + gone <= needed) {
         continue;
       }
       throw LogicError("truncate: sequence " + std::to_string(sequence.id) + " of " +
@@ -162,7 +163,7 @@ void Scheduler::drop_unseen() {
     if (layers.window == 0) continue;
     std::map<std::uint64_t, std::uint32_t> seen;  // by branch, the first block that is still seen
     for (const auto& [id, sequence] : map_.sequences()) {
-      const std::uint32_t first = first_block(sequence.tokens, layers.window);
+      const std::uint32_t first = geometry_.first_block(sequence.tokens, layers.window);
       for (Branch* branch : sequence.path) {
         const auto [place, fresh] = seen.emplace(branch->id, first);
         place->second = std::min(place->second, first);

@@ -24,7 +24,7 @@ LAYERS = [
     {"policy", "adapting"},
     {"trace"},
     {"event_log"},
-    {"transfers"},
+    {"transfers", "reading"},
     {"ring", "controller"},
     {"scheduler"},
     {"room", "sequences", "budgets", "built_in_kernels", "resolve"},

@@ -101,6 +101,13 @@ struct Geometry {
   [[nodiscard]] static std::uint32_t first_seen(std::uint32_t position, std::uint32_t window) {
     return window == 0 || position < window ? 0 : position - window + 1;
   }
+  // Its block, and how many blocks hold these tokens.
+  [[nodiscard]] std::uint32_t first_block(std::uint32_t position, std::uint32_t window) const {
+    return first_seen(position, window) / block_tokens;
+  }
+  [[nodiscard]] std::uint32_t blocks_of(std::uint32_t tokens) const {
+    return (tokens + block_tokens - 1) / block_tokens;
+  }
 
   // Payload of one frame, `[2, kv_heads, block_tokens, head_dim]` elements: all K, then all V.
   [[nodiscard]] Bytes frame_bytes() const {
