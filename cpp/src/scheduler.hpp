@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -144,6 +145,7 @@ class Scheduler {
     friend auto operator<=>(const Cursor&, const Cursor&) = default;
   };
 
+  // What a step will need: planning.cpp.
   void open_batch(std::span<const Growth> batch);
   std::vector<Growth> close_batch();
   [[nodiscard]] bool ends_with_full_blocks() const;
@@ -158,8 +160,7 @@ class Scheduler {
   void admit(const Snapshot& snapshot, const Plan& plan, std::uint32_t staging_frames);
   void admit_on_device(const Snapshot& snapshot, const Plan& plan, std::uint32_t staging_frames,
                        const std::string& what) const;
-  template <typename Write>
-  void write_together(const Write& write);
+  void write_together(const std::function<void()>& write);
   void apply(const Plan& plan);
   void set_streamed(Branch& branch, std::span<const std::uint32_t> layers, std::uint32_t frames);
   void set_streamed(Branch& branch, std::uint32_t layer, std::uint32_t streamed);
@@ -169,6 +170,7 @@ class Scheduler {
   [[nodiscard]] bool move_below(FrameIndex frame, FrameIndex limit);
   void vacate(FrameIndex frame, std::uint32_t limit);
 
+  // The partial block, a layer, what is asked for ahead of it, the end of a step: scheduler.cpp.
   void open_tail(Growth& growth);
   void copy_tail(Growth& growth);
   void copy_block(const BlockKey& from, const BlockKey& to);
@@ -204,6 +206,19 @@ class Scheduler {
   void reconcile();
   void pump();
   [[nodiscard]] std::uint32_t ask(const BlockKey& key, bool beyond);
+
+  [[nodiscard]] std::uint32_t full_before(const Growth& growth) const;
+  void write_grown(const Growth& growth, std::uint32_t layer);
+  void stop_prefetch();
+
+  void land();
+  void wait();
+  void wait_for_room();
+  void settle(const Branch& branch);
+  void raise_errors();
+  [[noreturn]] void raise_error(Branch& branch);
+
+  // Frames of the device for what comes, and of the pool for what goes: room.cpp.
   [[nodiscard]] FrameIndex take_frame();
   void make_room();
   void write_or_wait();
@@ -211,9 +226,6 @@ class Scheduler {
   void evict_written(bool spare_layer, bool needed = false);
   [[nodiscard]] bool evict_any();
   [[nodiscard]] bool write_any();
-
-  [[nodiscard]] std::uint32_t full_before(const Growth& growth) const;
-  void write_grown(const Growth& growth, std::uint32_t layer);
   void write_full(Branch& branch, std::uint32_t layer, std::uint32_t limit, bool rescue = false);
   [[nodiscard]] FrameIndex take_pool_frame(LayerBlocks& layer, std::uint32_t needed, bool reclaim);
   [[nodiscard]] bool grow_pool(std::uint32_t frames);
@@ -224,6 +236,7 @@ class Scheduler {
   [[nodiscard]] bool reclaim_pool(std::uint32_t needed);
   void soil(const BlockKey& key);
 
+  // Tiers that grow and shrink: budgets.cpp.
   void restore(std::uint32_t device_frames, std::uint32_t pool_frames);
   void grow_device(std::uint32_t frames);
   void shrink_device(std::uint32_t frames);
@@ -233,6 +246,7 @@ class Scheduler {
   void for_each_block(const Visitor& visitor);
   void move_down(const BlockKey& key);
 
+  // Forks, cuts and ends of sequences: sequences.cpp.
   void drop_unseen();
   void drop_front(Branch& branch, const LayerClass& layers, std::uint32_t end);
   void refuse_unseen(const Sequence& sequence, std::uint32_t tokens) const;
@@ -243,14 +257,6 @@ class Scheduler {
   Branch& split(Branch& branch, std::uint32_t at);
   void join_up(std::uint64_t branch);
   void merge(Branch& front, Branch& back);
-  void stop_prefetch();
-
-  void land();
-  void wait();
-  void wait_for_room();
-  void settle(const Branch& branch);
-  void raise_errors();
-  [[noreturn]] void raise_error(Branch& branch);
 
   Backend& backend_;
   Geometry geometry_;

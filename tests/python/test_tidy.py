@@ -27,7 +27,7 @@ LAYERS = [
     {"transfers", "reading"},
     {"ring", "controller"},
     {"scheduler"},
-    {"room", "sequences", "budgets", "built_in_kernels", "resolve"},
+    {"planning", "room", "sequences", "budgets", "built_in_kernels", "resolve"},
     {"cache"},
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
