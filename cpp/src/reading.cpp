@@ -43,6 +43,7 @@ std::uint32_t Reading::first_block(const Leg& leg, std::uint32_t layer) const {
 void Reading::start(std::uint32_t layer) {
   layer_ = layer;
   whole_layer_ = no_layer;
+  ready_ = false;
   for (std::size_t i = 0; i < visits_.size(); ++i) {
     const std::uint32_t begin = geometry_.first_block(visits_[i].position, geometry_.window(layer));
     progress_[i] = {begin, begin, begin};

@@ -8,8 +8,6 @@
 
 namespace pie::conformance {
 
-GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(BackendConformance);
-
 TEST_P(BackendConformance, SaysWhatItHas) {
   const auto backend = subject().open(8, 16);
   const Capabilities capabilities = backend->capabilities();

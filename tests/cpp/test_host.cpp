@@ -42,7 +42,7 @@ HostOptions options_for(std::uint32_t device_frames, std::uint32_t pool_frames,
 
 // The calling thread computes.
 Subject on_this_thread(std::string name, const std::string& pool_io,
-                       const std::string& pool_dir = default_pool_dir()) {
+                       const std::string& pool_dir = "") {
   return {.name = std::move(name),
           .open =
               [=](std::uint32_t device_frames, std::uint32_t pool_frames) {

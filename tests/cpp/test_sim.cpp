@@ -1,7 +1,6 @@
 // The simulated backend: the conformance suite, with compute on the caller's thread and on streams,
 // and what only it promises: a clock that can be foretold, links, faults, streams, no bytes at all.
 #include <array>
-#include <cstring>
 #include <string>
 #include <vector>
 

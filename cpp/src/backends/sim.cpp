@@ -148,8 +148,8 @@ class Sim final : public SimBackend {
   Tickets tickets_;
   std::array<LaneState, lane_count> lanes_;
   std::vector<Tickets::Entry*> held_;  // in order of submission
-  std::size_t looked_ = 0;             // of those, how many were looked at
-  std::uint64_t looked_at_ = 0;        // and how much had passed by then
+  std::size_t held_seen_ = 0;          // of those, how many were looked at last
+  std::uint64_t passed_seen_ = 0;      // and how much had passed by then
   std::map<std::uintptr_t, StreamState> streams_;
   std::priority_queue<Event, std::vector<Event>, std::greater<>> events_;
   std::uint64_t events_set_ = 0;
@@ -457,7 +457,8 @@ void Sim::schedule(Event event) {
 void Sim::settle() {
   for (bool any = true; std::exchange(any, false);) {
     for (auto& [handle, stream] : streams_) any = run(handle, stream) || any;
-    std::size_t i = std::exchange(looked_at_, tickets_.passed()) == tickets_.passed() ? looked_ : 0;
+    std::size_t i = passed_seen_ == tickets_.passed() ? held_seen_ : 0;
+    passed_seen_ = tickets_.passed();
     while (i < held_.size()) {
       Tickets::Entry& entry = *held_[i];
       if (tickets_.is_held(entry)) {
@@ -468,7 +469,7 @@ void Sim::settle() {
       begin(entry);
       any = true;
     }
-    looked_ = held_.size();
+    held_seen_ = held_.size();
   }
 }
 
